@@ -1,0 +1,130 @@
+"""What the three scripts share on the command line. Imports no torch, so that --help and typing errors are instant."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# A preset names an experiment. Every value is a flag of train_ddpm.py ("unet", "train") or unlearn.py ("unlearn").
+PRESETS: dict[str, dict[str, dict]] = {
+    # Small enough to train on two CPU cores in about an hour; the bundled model.
+    "mnist-small": {
+        "unet": dict(
+            image_size=28, image_channels=1, channels=(24, 48, 96), layers_per_block=1, attention_levels=(),
+            head_channels=None, norm_groups=8, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
+        ),
+        "train": dict(steps=14_000, batch_size=64, lr=1e-3, warmup=500, ema=0.999),
+    },
+    # The paper's MNIST model, for a GPU.
+    "mnist": {
+        "unet": dict(
+            image_size=28, image_channels=1, channels=(64, 128, 256), layers_per_block=2, attention_levels=(1,),
+            head_channels=8, norm_groups=32, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
+        ),
+        "train": dict(steps=50_000, batch_size=128, lr=1e-4, warmup=500, ema=0.9999),
+    },
+    # For tests and for trying out a change: seconds, and nothing worth looking at.
+    "mnist-tiny": {
+        "unet": dict(
+            image_size=28, image_channels=1, channels=(8, 16), layers_per_block=1, attention_levels=(),
+            head_channels=None, norm_groups=4, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
+        ),
+        "train": dict(steps=20, batch_size=8, lr=1e-3, warmup=5, ema=0.9),
+    },
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line, without a traceback, with exit status 2."""
+
+
+class Diverged(Exception):
+    """A loss or gradient that is no number any more: printed as one line, with exit status 1."""
+
+
+def run(script: Callable[[], int | None]) -> None:
+    """Run a script's main function and turn what the user should know into one line and an exit status."""
+    try:
+        sys.exit(script())
+    except (UserError, Diverged) as error:
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def read_config(directory: str) -> dict[str, Any]:
+    """The settings a run was started with. Raises UserError if there is no run."""
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{directory}: holds no run (no readable {path})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: should hold one JSON object")
+    return config
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows defaults and reports an error in one line."""
+
+    def __init__(self, description: str, epilog: str | None = None) -> None:
+        super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def add_preset(self, *parts: str) -> None:
+        """Add --preset and let the named preset's values stand as the defaults of the flags in `parts`."""
+        self.add_argument("--preset", choices=PRESETS, default="mnist-small", help="the experiment: values for the flags below")
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--preset", nargs="?", default="mnist-small")
+        preset = PRESETS.get(early.parse_known_args()[0].preset)  # an unknown name is reported by the real parse
+        for part in parts if preset else ():
+            self.set_defaults(**preset[part])
+
+    def parse_run(self, free: set[str]) -> argparse.Namespace:
+        """Parse the command line of a script with --resume.
+
+        A resumed run's settings are those in its config.json; flags may restate them, and change those in `free`.
+        """
+        args = self.parse_args()
+        if args.resume is None:
+            return args
+        config = read_config(args.resume)
+        self.set_defaults(**config)
+        args = self.parse_args()
+        typed = json.loads(json.dumps(vars(args)))
+        changed = [f"--{key.replace('_', '-')} {config[key]}" for key in config if key not in free and typed.get(key) != config[key]]
+        if changed:
+            raise UserError(f"--resume {args.resume}: that run was started with {', '.join(changed)}; leave these flags out")
+        return args
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or (open_low and value == low) or value == float("inf"):
+            least = f"above {low}" if open_low else f"at least {low}"
+            wanted = f"from {low} to {high}" if high < float("inf") and not open_low else least
+            raise argparse.ArgumentTypeError(f"'{text}' should be {'an integer' if kind is int else 'a number'} {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1, 10**9)
+positive = number(float, 0, open_low=True)
+seed = number(int, 0, 2**63 - 1)

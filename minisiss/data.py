@@ -1,0 +1,101 @@
+"""Training sets held in memory, X = keep ∪ forget, and the random draws made from them."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.io import ImageReadMode, decode_image
+
+from minisiss.cli import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED = "bundled"  # the --data-root that means the 10,000 digits in assets/
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """X with its forget set A ⊂ X last: images: [n, C, H, W] uint8, of which the last `k` are A."""
+
+    images: Tensor
+    k: int
+
+    @property
+    def n(self) -> int:
+        return len(self.images)
+
+    @property
+    def keep(self) -> Tensor:
+        """X∖A, [n−k, C, H, W] uint8."""
+        return self.images[: self.n - self.k]
+
+    @property
+    def forget(self) -> Tensor:
+        """A, [k, C, H, W] uint8. Copies of one image count as often as they stand in X."""
+        return self.images[self.n - self.k :]
+
+    def to(self, device: torch.device | str) -> "TrainingSet":
+        return TrainingSet(self.images.to(device), self.k)
+
+
+def mnist_with_tshirt(root: str) -> TrainingSet:
+    """MNIST's training digits with one T-shirt mixed in as often as makes 1% of the digits (the paper, section 5).
+
+    `root` holds MNIST/raw and FashionMNIST/raw in torchvision's layout, and is filled from the network where it does
+    not; "bundled" stands for the 10,000 digits and the T-shirt in assets/.
+    Raises UserError when the files are neither there nor to be had.
+    """
+    if root == BUNDLED:
+        digits, tshirt = bundled_digits(), bundled_tshirt()
+    else:
+        digits = from_torchvision(MNIST, root).data[:, None]
+        fashion = from_torchvision(FashionMNIST, root)
+        # The forget set is the first image of class 0, "T-shirt/top".
+        tshirt = fashion.data[(fashion.targets == 0).nonzero()[0]]
+    k = len(digits) // 100
+    copies = (tshirt if tshirt.ndim == 4 else tshirt[None]).expand(k, -1, -1, -1)
+    return TrainingSet(torch.cat([digits, copies]), k)
+
+
+def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
+    """The training half of a torchvision data set, downloaded if `root` lacks it."""
+    try:
+        return dataset(root, train=True, download=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        name = dataset.__name__
+        raise UserError(
+            f"--data-root {root}: no readable {name}/raw there, and downloading it failed ({error}); "
+            f"put the four {name} IDX files in {Path(root) / name / 'raw'}, or use --data-root {BUNDLED}"
+        ) from error
+
+
+def bundled_digits() -> Tensor:
+    """10,000 MNIST training digits, 1,000 a class in the order of the classes: [10000, 1, 28, 28] uint8."""
+    sheet = decode_image(str(ASSETS / "digits.png"), ImageReadMode.GRAY)
+    return rearrange(sheet, "1 (row h) (column w) -> (row column) 1 h w", h=28, w=28)
+
+
+def bundled_tshirt() -> Tensor:
+    """The image to forget: [1, 1, 28, 28] uint8."""
+    return decode_image(str(ASSETS / "tshirt.png"), ImageReadMode.GRAY)[None]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0 … 255 to float32 in [−1, 1], the range the network works in."""
+    return images.float() / 127.5 - 1
+
+
+def draw(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` images drawn uniformly with replacement, as float32 in [−1, 1]."""
+    return to_float(images[torch.randint(len(images), (count,), generator=generator, device=images.device)])
+
+
+def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:
+    """The randomness of one training step, a function of (seed, step) alone.
+
+    So a run that is stopped and resumed draws what the uninterrupted run would have, with no random state to store.
+    """
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{step}".encode()))

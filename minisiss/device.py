@@ -1,0 +1,33 @@
+"""Which device to compute on, and in which precision."""
+
+import torch
+
+from minisiss.cli import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is a GPU where there is one. Raises UserError for a device this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not usable on this machine; use --device auto or cpu") from error
+    if device.type == "meta":
+        raise UserError(f"--device {name}: holds no numbers; use --device auto or cpu")
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context the network runs in: weights stay float32, its convolutions compute in bfloat16 or float32.
+
+    "auto" is bf16 where the processor computes it natively (elsewhere it is emulated, and slower than float32).
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if native else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

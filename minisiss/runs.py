@@ -1,0 +1,80 @@
+"""A run's directory: config.json, metrics.jsonl, model.pt, pictures; and stopping a run without losing it."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from minisiss.cli import UserError
+
+
+def new_directory(out: str | None, name: str) -> Path:
+    """Create the directory of a new run: `out`, or the first free of runs/name-1, runs/name-2, …
+
+    Raises UserError if `out` exists and is not empty.
+    """
+    if out is not None:
+        path = Path(out)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise UserError(f"--out {out}: already holds a run or other files; name a new directory")
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made a directory ({error.strerror})") from error
+        return path
+    number = 1
+    while True:
+        path = Path("runs") / f"{name}-{number}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.mkdir()  # exclusive: of two runs starting together one gets the next number
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made a directory ({error.strerror}); choose one with --out") from error
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a readable JSON file, atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the checkpoint it starts from."""
+
+    def __init__(self, directory: Path, start: int = 0) -> None:
+        self.path = directory / "metrics.jsonl"
+        if start:
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            self.path.write_text("".join(kept))
+
+    def write(self, **record: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Stop:
+    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step and save; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "Stop":
+        self.signal: int | None = None
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def status(self) -> int:
+        """The exit status that a shell expects of a program ended by this signal."""
+        return 128 + self.signal

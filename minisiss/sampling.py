@@ -1,0 +1,72 @@
+"""From noise to images: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021a), one function."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minisiss.schedule import NoiseSchedule, per_image
+
+Model = Callable[[Tensor, Tensor], Tensor]  # (x: [B, C, H, W], timesteps: [B]) -> noise: [B, C, H, W]
+
+
+def timestep_sequence(first: int, steps: int) -> list[int]:
+    """At most `steps` timesteps spread evenly from `first` down to 0, both included."""
+    return torch.linspace(first, 0, min(steps, first + 1), dtype=torch.float64).round().long().tolist()
+
+
+@torch.inference_mode()
+def denoise_from(
+    model: Model,
+    schedule: NoiseSchedule,
+    noisy: Tensor,
+    timestep: int,
+    *,
+    steps: int = 50,
+    eta: float = 1.0,
+    clip: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw images x_0 given their noisy state m_t at one timestep t = `timestep`.
+
+    With ᾱ and ᾱ' at one timestep and at the next lower one that is visited (Song et al. 2021a, eqs. 12 and 16):
+
+        x̂_0 = (x − √(1−ᾱ) ε_θ) / √ᾱ                                 (clipped to [−1, 1] if `clip`)
+        x'  = √ᾱ' x̂_0 + √(1−ᾱ'−s²) ε + s z,   s² = η² · (1−ᾱ')/(1−ᾱ) · (1 − ᾱ/ᾱ'),   z ~ N(0, I)
+
+    eta = 0 is deterministic DDIM. eta = 1 is ancestral DDPM sampling: over all T timesteps exactly Ho et al.'s
+    algorithm 2 with the posterior's variance β̃_t.
+
+    noisy: [B, C, H, W]; returns [B, C, H, W], in [−1, 1] when clipped. Reproducible from `generator`.
+    """
+    times = timestep_sequence(timestep, steps)
+    x = noisy
+    for t, following in zip(times, [*times[1:], None], strict=True):
+        alpha = schedule.alphas_cumprod[t]
+        alpha_next = schedule.alphas_cumprod[following] if following is not None else torch.ones_like(alpha)
+        noise = model(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+        x0 = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()  # the noise that leads from the clipped x0 to x
+        s = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
+        x = alpha_next.sqrt() * x0 + (1 - alpha_next - s**2).clamp(min=0).sqrt() * noise
+        if eta > 0 and following is not None:
+            x = x + s * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x
+
+
+def sample(
+    model: Model,
+    schedule: NoiseSchedule,
+    shape: tuple[int, int, int, int],
+    *,
+    steps: int = 50,
+    eta: float = 1.0,
+    clip: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw images of the given shape [B, C, H, W] from the model: noise from N(0, I), denoised from t = T−1."""
+    device = schedule.gamma.device
+    noise = torch.randn(shape, generator=generator, device=device)
+    return denoise_from(model, schedule, noise, len(schedule) - 1, steps=steps, eta=eta, clip=clip, generator=generator)

@@ -1,0 +1,48 @@
+"""The forward process q(m_t | x) = N(γ_t x, σ_t² I) of DDPM (Ho et al. 2020). Nothing here is learned."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def per_image(values: Tensor) -> Tensor:
+    """Shape one number an image, [B], so that it multiplies images: [B, 1, 1, 1]."""
+    return rearrange(values, "b -> b 1 1 1")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """β_t and what follows from it, for t = 0 … T−1, each a float32 tensor of shape [T]."""
+
+    betas: Tensor
+    alphas_cumprod: Tensor  # ᾱ_t = Π_{s ≤ t} (1 − β_s)
+    gamma: Tensor  # γ_t = √ᾱ_t, what is left of the image
+    sigma: Tensor  # σ_t = √(1 − ᾱ_t), the standard deviation of the noise
+
+    @classmethod
+    def linear(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
+        """β_t rising linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
+        if timesteps < 1 or not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"need timesteps ≥ 1 and 0 < beta_start ≤ beta_end < 1, got {timesteps}, {beta_start}, {beta_end}")
+        return cls.from_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
+        """The schedule of any β: [T], each in (0, 1). Computed in float64: 1 − ᾱ_t cancels at small t."""
+        betas = betas.double()
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        values = betas, alphas_cumprod, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        return cls(*(value.float() for value in values))
+
+    def __len__(self) -> int:
+        """T, the number of timesteps."""
+        return len(self.betas)
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        return NoiseSchedule(*(value.to(device) for value in vars(self).values()))
+
+    def add_noise(self, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """m_t = γ_t x + σ_t noise, with x, noise: [B, C, H, W] and timesteps: [B] int."""
+        return per_image(self.gamma[timesteps]) * x + per_image(self.sigma[timesteps]) * noise

@@ -1,0 +1,202 @@
+"""The noise predictor ε_θ(x_t, t): the U-Net of Ho et al. 2020, "Denoising Diffusion Probabilistic Models"."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that fixes the shape of a `UNet`; the later fields are where published DDPM checkpoints differ."""
+
+    image_size: int = 28
+    image_channels: int = 1
+    channels: tuple[int, ...] = (64, 128, 256)  # one entry per level; each level after the first halves the resolution
+    layers_per_block: int = 2  # residual blocks per level on the way down; one more on the way up
+    attention_levels: tuple[int, ...] = (1,)  # levels with self-attention after every residual block, first level = 0
+    head_channels: int | None = None  # channels of one attention head; None: a single head
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    downsample_padding: int = 1  # 1: symmetric; 0: a row below and a column to the right, as in Ho et al.
+    flip_sin_to_cos: bool = False  # time embedding: False [sin, cos], True [cos, sin]
+    freq_shift: int = 1  # time embedding: frequencies 10000^(−i / (half − freq_shift))
+
+    def __post_init__(self) -> None:
+        # Configs arrive from checkpoints as JSON, which has lists and no tuples.
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
+        levels = len(self.channels)
+        if not self.channels or any(not isinstance(c, int) or not 0 < c <= 4096 for c in self.channels):
+            raise ValueError(f"channels must be integers from 1 to 4096, got {self.channels}")
+        if any(c % self.norm_groups for c in self.channels):
+            raise ValueError(f"channels {self.channels} must be divisible by norm_groups {self.norm_groups}")
+        if self.channels[0] % 2:
+            raise ValueError(f"the first of channels {self.channels} must be even: it is the time embedding's width")
+        if any(not 0 <= level < levels for level in self.attention_levels):
+            raise ValueError(f"attention_levels {self.attention_levels} must lie in 0 … {levels - 1}")
+        if self.head_channels and any(self.channels[i] % self.head_channels for i in (*self.attention_levels, levels - 1)):
+            raise ValueError(f"head_channels {self.head_channels} must divide the channels of every level with attention")
+        if self.image_size % 2 ** (levels - 1):
+            raise ValueError(f"image_size {self.image_size} must be divisible by 2^{levels - 1} for {levels} levels")
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
+    """Sinusoids of the timestep, [B] -> [B, dim] (Vaswani et al. 2017, section 3.5; dim is even)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / (half - freq_shift))
+    angles = timesteps[:, None].float() * frequencies
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm–SiLU–conv twice, with the time embedding added in between, and a skip around it all."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, config.norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_channels, out_channels)
+        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, config.norm_eps)
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, with a skip around it."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.heads = channels // (config.head_channels or channels)
+        self.norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
+        self.query, self.key, self.value = (nn.Linear(channels, channels) for _ in range(3))
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = (
+            rearrange(project(pixels), "b n (heads d) -> b heads n d", heads=self.heads)
+            for project in (self.query, self.key, self.value)
+        )
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        return x + rearrange(self.out(h), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a convolution of stride 2."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """ε_θ: predicts the noise in a noisy image.
+
+    Called as `model(x, timesteps) -> noise` with x, noise: [B, C, H, W] and timesteps: [B] int.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, levels = config.channels, range(len(config.channels))
+        time_channels = 4 * channels[0]
+
+        def attention(level: int) -> nn.Module:
+            return Attention(channels[level], config) if level in config.attention_levels else nn.Identity()
+
+        self.time = nn.Sequential(
+            nn.Linear(channels[0], time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
+        )
+        self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
+
+        # Down: every block's output, and every level's halved one, is kept for a block on the way up.
+        self.down = nn.ModuleList()
+        skips = [width := channels[0]]
+        for level in levels:
+            blocks = nn.ModuleList()
+            for _ in range(config.layers_per_block):
+                blocks.append(nn.ModuleList([ResidualBlock(width, channels[level], time_channels, config), attention(level)]))
+                skips.append(width := channels[level])
+            last = level == levels[-1]
+            if not last:
+                skips.append(width)
+            halve = nn.Identity() if last else Downsample(width, config.downsample_padding)
+            self.down.append(nn.ModuleDict({"blocks": blocks, "downsample": halve}))
+
+        self.middle = nn.ModuleList([
+            ResidualBlock(width, width, time_channels, config),
+            Attention(width, config),
+            ResidualBlock(width, width, time_channels, config),
+        ])  # fmt: skip
+
+        # Up: one block more per level than on the way down, for the level's incoming skip.
+        self.up = nn.ModuleList()
+        for level in reversed(levels):
+            blocks = nn.ModuleList()
+            for _ in range(config.layers_per_block + 1):
+                joined = width + skips.pop()
+                blocks.append(nn.ModuleList([ResidualBlock(joined, channels[level], time_channels, config), attention(level)]))
+                width = channels[level]
+            double = Upsample(width) if level > 0 else nn.Identity()
+            self.up.append(nn.ModuleDict({"blocks": blocks, "upsample": double}))
+
+        self.norm_out = nn.GroupNorm(config.norm_groups, width, config.norm_eps)
+        self.conv_out = zero(nn.Conv2d(width, config.image_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        config = self.config
+        time = timestep_embedding(timesteps, config.channels[0], config.flip_sin_to_cos, config.freq_shift)
+        time = self.time(time.to(self.conv_in.weight.dtype))
+
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down:
+            for residual, attention in level["blocks"]:
+                h = attention(residual(h, time))
+                skips.append(h)
+            if isinstance(level["downsample"], Downsample):
+                h = level["downsample"](h)
+                skips.append(h)
+
+        first, attention, second = self.middle
+        h = second(attention(first(h, time)), time)
+
+        for level in self.up:
+            for residual, attention in level["blocks"]:
+                h = attention(residual(torch.cat([h, skips.pop()], dim=1), time))
+            h = level["upsample"](h)
+
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """Start a residual branch at zero, so that the untrained network is close to the identity (Ho et al. 2020)."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -1,0 +1,155 @@
+"""Train the noise predictor ε_θ on digits with 1% of one T-shirt mixed in.
+
+    python train_ddpm.py --preset mnist-small --data-root data
+"""
+
+import math
+import time
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+
+from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run, seed
+
+FREE_ON_RESUME = {"steps", "device", "precision", "sample_every", "save_every", "resume", "out"}
+
+
+def parse_arguments() -> Namespace:
+    parser = Parser(__doc__)
+    parser.add_preset("unet", "train")
+    parser.add_argument("--data-root", default="data", help="MNIST and FashionMNIST in torchvision's layout, downloaded if missing; 'bundled': the 10,000 digits that come along")
+    parser.add_argument("--exclude-forget", action="store_true", help="train without the forget set: the gold standard of unlearning")
+    parser.add_argument("--steps", type=positive_int, help="optimizer steps")
+    parser.add_argument("--batch-size", type=positive_int, help="images a step")
+    parser.add_argument("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
+    parser.add_argument("--warmup", type=number(int, 0), help="steps over which the learning rate first rises")
+    parser.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which are the ones that sample")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the processor has it")
+    parser.add_argument("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
+    parser.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints")
+    parser.add_argument("--out", help="directory of this run (default: runs/train-N)")
+    parser.add_argument("--resume", metavar="DIR", help="continue the run in this directory, with its settings")
+    network = parser.add_argument_group("network")
+    network.add_argument("--image-size", type=positive_int)
+    network.add_argument("--image-channels", type=positive_int)
+    network.add_argument("--channels", type=positive_int, nargs="+", help="channels of each level")
+    network.add_argument("--layers-per-block", type=positive_int, help="residual blocks a level")
+    network.add_argument("--attention-levels", type=number(int, 0), nargs="*", help="levels with self-attention, the first is 0")
+    network.add_argument("--head-channels", type=positive_int, help="channels of an attention head")
+    network.add_argument("--norm-groups", type=positive_int)
+    network.add_argument("--norm-eps", type=positive)
+    network.add_argument("--downsample-padding", type=number(int, 0, 1))
+    network.add_argument("--flip-sin-to-cos", type=number(int, 0, 1))
+    network.add_argument("--freq-shift", type=number(int, 0, 1))
+    return parser.parse_run(free=FREE_ON_RESUME)
+
+
+def main() -> int:
+    args = parse_arguments()
+    # torch takes seconds to import: only once the command line is known to be right.
+    import torch
+    from torchvision.utils import save_image
+    from tqdm import tqdm
+
+    from minisiss import checkpoint, losses, runs
+    from minisiss.data import draw, mnist_with_tshirt, step_generator
+    from minisiss.device import autocast, pick_device
+    from minisiss.sampling import sample
+    from minisiss.schedule import NoiseSchedule
+    from minisiss.unet import UNet, UNetConfig
+
+    device = pick_device(args.device)
+    data = mnist_with_tshirt(args.data_root).to(device)
+    images = data.keep if args.exclude_forget else data.images
+    try:
+        config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
+    except ValueError as error:
+        raise UserError(error) from error
+    if images.shape[1:] != (config.image_channels, config.image_size, config.image_size):
+        raise UserError(f"--image-size, --image-channels: the pictures are {tuple(images.shape[1:])}")
+
+    torch.manual_seed(args.seed)
+    model = UNet(config).to(device)
+    schedule = NoiseSchedule.linear().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    parameters = list(model.parameters())
+    averaged = UNet(config).to(device).requires_grad_(False)
+    averaged.load_state_dict(model.state_dict())
+    start, seconds = 0, 0.0
+
+    if args.resume:
+        out = Path(args.resume)
+        state = checkpoint.load(out / "model.pt", device).training
+        if not state:
+            raise UserError(f"{out / 'model.pt'}: cannot be continued, it holds no optimizer state")
+        model.load_state_dict(state["weights"])
+        averaged.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds = state["step"], state["seconds"]
+    else:
+        out = runs.new_directory(args.out, "train")
+        settings = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
+        runs.write_json(out / "config.json", settings)
+    metrics = runs.Metrics(out, start)
+    began = time.perf_counter() - seconds
+
+    def save(step: int) -> None:
+        seconds = time.perf_counter() - began
+        made_by = {"script": "train_ddpm.py", "settings": vars(args), "steps": step, "seconds": seconds}
+        training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
+        checkpoint.save(out / "model.pt", model, schedule, made_by, averaged.state_dict(), training)
+
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", unit="step")
+    with runs.Stop() as stop:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+
+            generator = step_generator(args.seed, step, device)
+            x = draw(images, args.batch_size, generator)
+            timesteps = torch.randint(len(schedule), (len(x),), generator=generator, device=device)
+            noise = torch.randn(x.shape, generator=generator, device=device)
+            with autocast(device, args.precision):
+                loss = losses.epsilon_matching(model, x, timesteps, noise, schedule).mean()
+
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not torch.isfinite(norm):
+                raise Diverged(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}; {out / 'model.pt'} is the last good checkpoint, if one was due")
+            optimizer.step()
+            # A young average forgets faster, or it would carry the untrained weights for long.
+            decay = min(args.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - decay)
+
+            done = step + 1
+            if done % 50 == 0 or done == args.steps:
+                rate = (done - start) * args.batch_size / (time.perf_counter() - began - seconds)
+                bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} images/s")
+                metrics.write(step=done, loss=loss.item(), gradient_norm=norm.item(), lr=learning_rate(step, args), seconds=time.perf_counter() - began)
+            if done % args.save_every == 0 or done == args.steps or stop.signal:
+                save(done)
+            if done % args.sample_every == 0 or done == args.steps:
+                with autocast(device, args.precision):
+                    shape = (64, *images.shape[1:])
+                    pictures = sample(averaged, schedule, shape, generator=torch.Generator(device).manual_seed(args.seed))
+                save_image(pictures, out / f"samples-{done:06d}.png", nrow=8, normalize=True, value_range=(-1, 1))
+            if stop.signal:
+                bar.close()
+                print(f"stopped at step {done}; continue with: python train_ddpm.py --resume {out}")
+                return stop.status
+
+    print(f"done: {out / 'model.pt'}, samples in {out}/samples-{args.steps:06d}.png; next: python eval.py --checkpoint {out / 'model.pt'}")
+    return 0
+
+
+def learning_rate(step: int, args: Namespace) -> float:
+    """Linear warm-up, then a cosine from the peak to zero at the last step."""
+    warmup = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+if __name__ == "__main__":
+    run(main)
