@@ -9,7 +9,7 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
-from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run, seed
+from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
 
 FREE_ON_RESUME = {"steps", "device", "precision", "sample_every", "save_every", "resume", "out"}
 
@@ -24,9 +24,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
     parser.add_argument("--warmup", type=number(int, 0), help="steps over which the learning rate first rises")
     parser.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which are the ones that sample")
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the processor has it")
+    parser.add_machine()
     parser.add_argument("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
     parser.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints")
     parser.add_argument("--out", help="directory of this run (default: runs/train-N)")
@@ -55,7 +53,7 @@ def main() -> int:
 
     from minisiss import checkpoint, losses, runs
     from minisiss.data import draw, mnist_with_tshirt, step_generator
-    from minisiss.device import autocast, pick_device
+    from minisiss.device import at_precision, pick_device
     from minisiss.sampling import sample
     from minisiss.schedule import NoiseSchedule
     from minisiss.unet import UNet, UNetConfig
@@ -77,6 +75,7 @@ def main() -> int:
     parameters = list(model.parameters())
     averaged = UNet(config).to(device).requires_grad_(False)
     averaged.load_state_dict(model.state_dict())
+    predict, predict_averaged = (at_precision(network, device, args.precision) for network in (model, averaged))
     start, seconds = 0, 0.0
 
     if args.resume:
@@ -111,8 +110,7 @@ def main() -> int:
             x = draw(images, args.batch_size, generator)
             timesteps = torch.randint(len(schedule), (len(x),), generator=generator, device=device)
             noise = torch.randn(x.shape, generator=generator, device=device)
-            with autocast(device, args.precision):
-                loss = losses.epsilon_matching(model, x, timesteps, noise, schedule).mean()
+            loss = losses.epsilon_matching(predict, x, timesteps, noise, schedule).per_image().mean()
 
             optimizer.zero_grad()
             loss.backward()
@@ -132,9 +130,8 @@ def main() -> int:
             if done % args.save_every == 0 or done == args.steps or stop.signal:
                 save(done)
             if done % args.sample_every == 0 or done == args.steps:
-                with autocast(device, args.precision):
-                    shape = (64, *images.shape[1:])
-                    pictures = sample(averaged, schedule, shape, generator=torch.Generator(device).manual_seed(args.seed))
+                generator = torch.Generator(device).manual_seed(args.seed)
+                pictures = sample(predict_averaged, schedule, (64, *images.shape[1:]), generator=generator)
                 save_image(pictures, out / f"samples-{done:06d}.png", nrow=8, normalize=True, value_range=(-1, 1))
             if stop.signal:
                 bar.close()

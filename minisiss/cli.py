@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             head_channels=None, norm_groups=8, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
         ),
         "train": dict(steps=14_000, batch_size=64, lr=1e-3, warmup=500, ema=0.999),
+        "unlearn": dict(steps=150, batch_size=64, lr=1e-4),
     },
     # The paper's MNIST model, for a GPU.
     "mnist": {
@@ -24,6 +25,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             head_channels=8, norm_groups=32, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
         ),
         "train": dict(steps=50_000, batch_size=128, lr=1e-4, warmup=500, ema=0.9999),
+        "unlearn": dict(steps=150, batch_size=128, lr=1e-4),
     },
     # For tests and for trying out a change: seconds, and nothing worth looking at.
     "mnist-tiny": {
@@ -32,6 +34,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             head_channels=None, norm_groups=4, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
         ),
         "train": dict(steps=20, batch_size=8, lr=1e-3, warmup=5, ema=0.9),
+        "unlearn": dict(steps=6, batch_size=8, lr=1e-4, samples=8, sampling_steps=3, draws=2, evaluate_every=3),
     },
 }  # fmt: skip
 
@@ -72,18 +75,35 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, epilog: str | None = None) -> None:
         super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.preset_parts: tuple[str, ...] = ()
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def add_preset(self, *parts: str) -> None:
-        """Add --preset and let the named preset's values stand as the defaults of the flags in `parts`."""
-        self.add_argument("--preset", choices=PRESETS, default="mnist-small", help="the experiment: values for the flags below")
+        """Add --preset. The values of the preset's `parts` become the defaults of the flags of the same names."""
+        self.preset_parts = parts
+        self.add_argument("--preset", choices=PRESETS, default="mnist-small", help="the experiment: defaults for the other flags")
+
+    def parse_args(self, args: None = None, namespace: None = None) -> argparse.Namespace:
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--preset", nargs="?", default="mnist-small")
+        early.add_argument("--preset", nargs="?", default=self.get_default("preset"))
         preset = PRESETS.get(early.parse_known_args()[0].preset)  # an unknown name is reported by the real parse
-        for part in parts if preset else ():
+        for part in self.preset_parts if preset else ():
             self.set_defaults(**preset[part])
+        return super().parse_args()
+
+    def add_machine(self) -> None:
+        self.add_argument("--seed", type=seed, default=0)
+        self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+        self.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the processor has it")
+
+    def add_sampling(self) -> None:
+        self.add_argument("--samples", type=number(int, 0, 10**7), default=1024, help="samples for the T-shirt rate")
+        self.add_argument("--sampling-steps", type=positive_int, default=50, help="network calls for one sample")
+        self.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="0: deterministic DDIM; 1: ancestral DDPM sampling")
+        self.add_argument("--draws", type=positive_int, default=32, help="draws for the memory of the forget image, a timestep")
+        self.add_argument("--memory-timesteps", type=number(int, 0), nargs="+", default=[400, 500, 600], help="timesteps the forget image is noised to")
 
     def parse_run(self, free: set[str]) -> argparse.Namespace:
         """Parse the command line of a script with --resume.
@@ -95,7 +115,7 @@ class Parser(argparse.ArgumentParser):
             return args
         config = read_config(args.resume)
         self.set_defaults(**config)
-        args = self.parse_args()
+        args = super().parse_args()
         typed = json.loads(json.dumps(vars(args)))
         changed = [f"--{key.replace('_', '-')} {config[key]}" for key in config if key not in free and typed.get(key) != config[key]]
         if changed:

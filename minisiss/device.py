@@ -1,8 +1,10 @@
 """Which device to compute on, and in which precision."""
 
 import torch
+from torch import Tensor, nn
 
 from minisiss.cli import UserError
+from minisiss.schedule import Model
 
 
 def pick_device(name: str) -> torch.device:
@@ -19,15 +21,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context the network runs in: weights stay float32, its convolutions compute in bfloat16 or float32.
+def at_precision(model: nn.Module, device: torch.device, precision: str) -> Model:
+    """The network as a function that computes its convolutions in bfloat16 or float32; weights and output are float32.
 
     "auto" is bf16 where the processor computes it natively (elsewhere it is emulated, and slower than float32).
     """
     if precision == "auto":
         if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
             native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         precision = "bf16" if native else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(x, timesteps).float()
+
+    return predict

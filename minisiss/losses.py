@@ -1,16 +1,165 @@
-"""The losses, as pure functions: nothing here knows of files, devices or command lines."""
+"""The losses of data unlearning, as pure functions of (model, batch, schedule, …).
 
+Notation: X is the training set (n images), A ⊂ X the forget set (k images), m_t a noisy image at timestep t,
+q(m_t|x) = N(γ_t x, σ_t² I). All of them are sums of terms weight · ‖target − ε_θ(noisy image, t)‖², so a loss here says
+which noisy images, which targets and which weights; `Term` holds these, and `minisiss.unlearning` makes a step of them.
+Papers: SISS is Alberti et al. (ICLR 2025); EraseDiff is Wu et al. (2024); ε-matching is Ho et al. (2020).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
-from minisiss.sampling import Model
-from minisiss.schedule import NoiseSchedule
+from minisiss.schedule import Model, NoiseSchedule, per_image
+
+# An image whose weight in a term is below this adds nothing to that term's float32 gradient: it is left out.
+NEGLIGIBLE = 1e-8
+
+# Weights saturate at e^40. Only λ = 0 or 1 gets there (a weight is at most 1/λ or 1/(1−λ) otherwise), and only for an
+# m_t that its proposal never draws; a finite number keeps sums and squares of weights finite in float32 there too.
+MAX_LOG_WEIGHT = 40.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything random in one step, so that a loss is a function: the same batch gives the same loss.
+
+    x, a, noise, uniform: [B, C, H, W]; timesteps: [B] int; pick: [B].
+    """
+
+    x: Tensor  # from X, or from X∖A: see `minisiss.unlearning.draw_batch`
+    a: Tensor  # from A
+    timesteps: Tensor
+    noise: Tensor  # from N(0, I)
+    pick: Tensor  # from U(0, 1): decides which component of the mixture an image comes from
+    uniform: Tensor  # from U(0, 1): EraseDiff's target
+    n: int  # |X|
+    k: int  # |A|
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight · ‖target − ε_θ(noisy, t)‖² for each image of a batch; the network runs only when this is evaluated.
+
+    noisy, target: [B, C, H, W]; timesteps, weight: [B]. The weights do not depend on the network.
+    """
+
+    model: Model
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    weight: Tensor
+
+    @property
+    def weighed(self) -> Tensor:
+        """The images that matter to this term: [B] bool."""
+        return self.weight > NEGLIGIBLE
+
+    def per_image(self, images: Tensor | None = None) -> Tensor:
+        """The loss of the images at these indices (by default all): [number of indices]."""
+        if images is None:
+            images = torch.arange(len(self.weight), device=self.weight.device)
+        prediction = self.model(self.noisy[images], self.timesteps[images])
+        return self.weight[images] * squared_error(prediction, self.target[images])
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a loss returns: descend on `keep`, ascend on `forget`; either may be absent."""
+
+    keep: Term | None = None
+    forget: Term | None = None
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """‖target − prediction‖² of each image, as the mean over its pixels so that image sizes compare: [B]."""
-    return (target - prediction.float()).pow(2).flatten(1).mean(dim=1)
+    return (target - prediction).pow(2).flatten(1).mean(dim=1)
 
 
-def epsilon_matching(model: Model, x: Tensor, timesteps: Tensor, noise: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """‖noise − ε_θ(m_t, t)‖² with m_t = γ_t x + σ_t noise, per image: [B] (Ho et al. 2020, eq. 14)."""
-    return squared_error(model(schedule.add_noise(x, noise, timesteps), timesteps), noise)
+def epsilon_matching(model: Model, x: Tensor, timesteps: Tensor, noise: Tensor, schedule: NoiseSchedule, weight: float = 1.0) -> Term:
+    """L_S = E ‖noise − ε_θ(m_t, t)‖² with m_t = γ_t x + σ_t noise and x from a set S (Ho et al. 2020, eq. 14)."""
+    weights = torch.full((len(x),), weight, dtype=x.dtype, device=x.device)
+    return Term(model, schedule.add_noise(x, noise, timesteps), timesteps, noise, weights)
+
+
+def naive_deletion(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
+    """L_{X∖A}: go on training without the forget set. Needs batch.x from X∖A."""
+    return Terms(keep=epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule))
+
+
+def neggrad(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
+    """−L_A: gradient ascent on the forget set."""
+    return Terms(forget=epsilon_matching(model, batch.a, batch.timesteps, batch.noise, schedule))
+
+
+def siss(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float = 0.5) -> Terms:
+    """SISS, the paper's loss, from one noisy image m_t ~ q_λ:
+
+        keep:    n/(n−k) · w_x ‖ε_x − ε_θ(m_t, t)‖²,   ε_x = (m_t − γ_t x)/σ_t
+        forget:  k/(n−k) · w_a ‖ε_a − ε_θ(m_t, t)‖²,   ε_a = (m_t − γ_t a)/σ_t
+
+    With x ~ X, E[keep − forget] = L_{X∖A} for every λ and every network; E[keep − (1+s) · forget] subtracts more.
+    """
+    x, a, n, k = batch.x, batch.a, batch.n, batch.k
+    gamma, sigma = schedule.gamma[batch.timesteps], schedule.sigma[batch.timesteps]
+    m = sample_mixture(x, a, batch.noise, batch.pick, gamma, sigma, lam)
+    w_x, w_a = importance_weights(m, x, a, gamma, sigma, lam)
+    epsilon_x = (m - per_image(gamma) * x) / per_image(sigma)
+    epsilon_a = (m - per_image(gamma) * a) / per_image(sigma)
+    return Terms(
+        keep=Term(model, m, batch.timesteps, epsilon_x, n / (n - k) * w_x),
+        forget=Term(model, m, batch.timesteps, epsilon_a, k / (n - k) * w_a),
+    )
+
+
+def siss_no_is(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
+    """SISS without importance sampling, each term at its own noisy image: n/(n−k) · L_X and k/(n−k) · L_A."""
+    n, k = batch.n, batch.k
+    return Terms(
+        keep=epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule, n / (n - k)),
+        forget=epsilon_matching(model, batch.a, batch.timesteps, batch.noise, schedule, k / (n - k)),
+    )
+
+
+def erasediff(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
+    """EraseDiff: keep L_{X∖A}; pull the prediction on the forget set to noise, ‖u − ε_θ(a_t, t)‖² with u ~ U(0, 1).
+
+    Here the forget term is descended on too, by its own rule: see `minisiss.unlearning.erasediff_coefficient`.
+    """
+    keep = epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule)
+    a_t = schedule.add_noise(batch.a, batch.noise, batch.timesteps)
+    return Terms(keep, forget=Term(model, a_t, batch.timesteps, batch.uniform, torch.ones_like(keep.weight)))
+
+
+def sample_mixture(x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Tensor, sigma: Tensor, lam: float) -> Tensor:
+    """m_t ~ q_λ = (1−λ) q(·|x) + λ q(·|a): m_t = γ_t · (x, or a where pick < λ) + σ_t · noise.
+
+    One noise tensor and one timestep serve both components. x, a, noise: [B, C, H, W]; pick, gamma, sigma: [B].
+    """
+    chosen = torch.where(per_image(pick < lam), a, x)
+    return per_image(gamma) * chosen + per_image(sigma) * noise
+
+
+def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """w_x = q(m|x)/q_λ(m|x,a) and w_a = q(m|a)/q_λ(m|x,a), so that (1−λ) w_x + λ w_a = 1.
+
+    With Δ = log q(m|a) − log q(m|x) = ‖m − γx‖²/2σ² − ‖m − γa‖²/2σ²:
+
+        w_x = 1/((1−λ) + λ e^Δ),   w_a = 1/((1−λ) e^−Δ + λ)
+
+    The two squared distances are large and nearly equal; their common part cancels on paper instead of in float32:
+    Δ = γ/σ² · ⟨x − a, γ (x + a)/2 − m⟩. The exponentials stay in log space, finite for every m and λ.
+
+    m, x, a: [B, C, H, W]; gamma, sigma, w_x, w_a: [B]. Raises ValueError unless 0 ≤ λ ≤ 1.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+    middle = per_image(gamma) * ((x + a) / 2)
+    delta = gamma / sigma**2 * ((x - a) * (middle - m)).flatten(1).sum(dim=1)
+    log_x = torch.full_like(delta, math.log1p(-lam) if lam < 1 else -math.inf)  # log(1−λ)
+    log_a = torch.full_like(delta, math.log(lam) if lam > 0 else -math.inf)
+    log_w_x = -torch.logaddexp(log_x, log_a + delta)
+    log_w_a = -torch.logaddexp(log_x - delta, log_a)
+    return log_w_x.clamp(max=MAX_LOG_WEIGHT).exp(), log_w_a.clamp(max=MAX_LOG_WEIGHT).exp()

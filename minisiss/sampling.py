@@ -1,13 +1,12 @@
 """From noise to images: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021a), one function."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from minisiss.schedule import NoiseSchedule, per_image
-
-Model = Callable[[Tensor, Tensor], Tensor]  # (x: [B, C, H, W], timesteps: [B]) -> noise: [B, C, H, W]
+from minisiss.data import step_generator
+from minisiss.schedule import Model, NoiseSchedule
 
 
 def timestep_sequence(first: int, steps: int) -> list[int]:
@@ -44,7 +43,7 @@ def denoise_from(
     for t, following in zip(times, [*times[1:], None], strict=True):
         alpha = schedule.alphas_cumprod[t]
         alpha_next = schedule.alphas_cumprod[following] if following is not None else torch.ones_like(alpha)
-        noise = model(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+        noise = model(x, torch.full((len(x),), t, device=x.device))
         x0 = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         if clip:
             x0 = x0.clamp(-1, 1)
@@ -70,3 +69,23 @@ def sample(
     device = schedule.gamma.device
     noise = torch.randn(shape, generator=generator, device=device)
     return denoise_from(model, schedule, noise, len(schedule) - 1, steps=steps, eta=eta, clip=clip, generator=generator)
+
+
+def sample_batches(
+    model: Model,
+    schedule: NoiseSchedule,
+    count: int,
+    image_shape: tuple[int, int, int],
+    seed: int,
+    *,
+    batch_size: int = 64,
+    steps: int = 50,
+    eta: float = 1.0,
+) -> Iterator[Tensor]:
+    """Draw `count` images in batches, each from noise that is a function of the seed and the batch's place.
+
+    So two models are compared on the same noise. Yields [≤ batch_size, C, H, W].
+    """
+    for place, begin in enumerate(range(0, count, batch_size)):
+        shape = (min(batch_size, count - begin), *image_shape)
+        yield sample(model, schedule, shape, steps=steps, eta=eta, generator=step_generator(seed, place, schedule.gamma.device))

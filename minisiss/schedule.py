@@ -1,10 +1,13 @@
 """The forward process q(m_t | x) = N(γ_t x, σ_t² I) of DDPM (Ho et al. 2020). Nothing here is learned."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+Model = Callable[[Tensor, Tensor], Tensor]  # ε_θ: (x: [B, C, H, W], timesteps: [B] int) -> noise: [B, C, H, W]
 
 
 def per_image(values: Tensor) -> Tensor:

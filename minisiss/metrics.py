@@ -1,0 +1,60 @@
+"""How much was forgotten, and what it cost: plain functions on tensors."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisiss.sampling import denoise_from
+from minisiss.schedule import Model, NoiseSchedule
+
+TSHIRT_DISTANCE = 10.0  # the paper's criterion for 28×28 pictures
+
+
+def is_copy(images: Tensor, original: Tensor, distance: float = TSHIRT_DISTANCE) -> Tensor:
+    """Which images lie within an L2 distance of the original, pixels in [0, 1]: [B] bool (the paper, section 5).
+
+    images: [B, C, H, W] and original: [1, C, H, W], both in [−1, 1].
+    """
+    return ((images - original) / 2).flatten(1).norm(dim=1) < distance
+
+
+def similarity(images: Tensor, original: Tensor) -> Tensor:
+    """Cosine similarity of the pixels in [0, 1], per image: [B]. Two digits have about 0.4, a digit and itself 1.
+
+    images: [B, C, H, W] and original: [1, C, H, W], both in [−1, 1].
+    """
+    return F.cosine_similarity((images + 1).flatten(1), (original + 1).flatten(1))
+
+
+def memory(
+    model: Model,
+    schedule: NoiseSchedule,
+    original: Tensor,
+    timestep: int,
+    draws: int,
+    seed: int,
+    *,
+    steps: int = 50,
+    eta: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Noise an image to one timestep and denoise it again: a model that remembers the image brings it back.
+
+    original: [1, C, H, W] in [−1, 1]. Returns the noisy and the denoised images, [draws, C, H, W] each; the noise is a
+    function of the seed and the timestep, so that two models can be compared on the same draws.
+    """
+    generator = torch.Generator(original.device).manual_seed(1000 * seed + timestep)
+    originals = original.expand(draws, -1, -1, -1)
+    noise = torch.randn(originals.shape, generator=generator, device=original.device)
+    noisy = schedule.add_noise(originals, noise, torch.full((draws,), timestep, device=original.device))
+    return noisy, denoise_from(model, schedule, noisy, timestep, steps=steps, eta=eta, generator=generator)
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a rate that is honest near 0 and 1 too (Wilson 1927)."""
+    rate = successes / trials
+    centre = rate + z**2 / (2 * trials)
+    spread = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
+    scale = 1 + z**2 / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

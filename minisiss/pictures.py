@@ -1,0 +1,41 @@
+"""Pictures for people: rows of images with a word beside each row."""
+
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP, LABEL, TEXT = 4, 110, 22  # pixels: between images, for the word beside a row, for a line of text
+
+Row = str | list[str] | tuple[str, Tensor]  # a line of text, a heading for each column, or a label and its images
+
+
+def save_rows(path: Path, rows: list[Row], scale: int = 2) -> None:
+    """Write a PNG of rows one below the other. Images are [N, C, H, W] in [−1, 1], all of one size."""
+    pictures = [row[1] for row in rows if isinstance(row, tuple)]
+    height, width = (scale * side + GAP for side in pictures[0].shape[-2:])
+    heights = [height if isinstance(row, tuple) else TEXT for row in rows]
+    sheet = Image.new("RGB", (LABEL + max(map(len, pictures)) * width, sum(heights) + GAP), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(size=13), GAP
+    for row, row_height in zip(rows, heights, strict=True):
+        if isinstance(row, str):
+            draw.text((GAP, y), row, "black", font)
+        elif isinstance(row, list):
+            for column, heading in enumerate(row):
+                draw.text((LABEL + column * width + width // 2, y), heading, "black", font, anchor="ma")
+        else:
+            draw.text((GAP, y + height // 2), row[0], "black", font, anchor="lm")
+            for column, image in enumerate(row[1]):
+                sheet.paste(to_pil(image, scale), (LABEL + column * width, y))
+        y += row_height
+    sheet.save(path)
+
+
+def to_pil(image: Tensor, scale: int) -> Image.Image:
+    """An image [C, H, W] in [−1, 1], with C = 1 or 3, enlarged without smoothing."""
+    pixels = rearrange(((image + 1) * 127.5).round().clamp(0, 255), "c h w -> h w c").byte().cpu().numpy()
+    pixels = np.repeat(pixels, 3 // pixels.shape[2], axis=2)
+    height, width = pixels.shape[:2]
+    return Image.fromarray(pixels).resize((scale * width, scale * height), Image.Resampling.NEAREST)

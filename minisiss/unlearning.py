@@ -1,0 +1,171 @@
+"""From loss terms to one gradient to one optimizer step.
+
+Every method's gradient has the form
+
+    g = g_keep − c · g_forget
+
+with the gradients of its two terms (see `minisiss.losses`) and a coefficient c by a rule of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minisiss import losses
+from minisiss.cli import Diverged
+from minisiss.data import TrainingSet, draw
+from minisiss.losses import Batch, Term, Terms
+from minisiss.schedule import NoiseSchedule
+
+Gradient = list[Tensor]  # one tensor a parameter
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers that the methods take."""
+
+    lam: float = 0.5  # λ: share of the mixture drawn around the forget set
+    grad_ratio: float = 0.1  # ρ: norm of the subtracted gradient over the norm of the kept one
+    superfactor: float | None = None  # s: instead of the norm rule, subtract (1+s) times
+    erasediff_eta: float = 0.1  # η: how much of the forget gradient to descend even where both gradients agree
+
+
+def subtract(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
+    """c = ρ ‖g_keep‖ / ‖g_forget‖ (the paper, section 5), or c = 1 + s where a superfactor is given."""
+    if settings.superfactor is not None:
+        return torch.tensor(1 + settings.superfactor, device=g_keep[0].device)
+    # A batch in which no image matters to the forget term has g_forget = 0, and c · 0 = 0 needs c finite.
+    return settings.grad_ratio * norm(g_keep) / norm(g_forget).clamp(min=1e-30)
+
+
+def erasediff_rule(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
+    """−c = max(η − ⟨g_keep, g_forget⟩ / ‖g_forget‖², 0) (Wu et al. 2024): both terms are descended on."""
+    agreement = dot(g_keep, g_forget) / norm(g_forget).square().clamp(min=1e-30)
+    return -(settings.erasediff_eta - agreement).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of methods."""
+
+    loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
+    rule: Callable[[Gradient, Gradient, Settings], Tensor] = subtract  # c; unused by a loss of one term
+    settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
+    x_from: str = "all"  # the default of `draw_batch`
+
+
+# A new method is one function in the form of those in losses.py, and one line here.
+METHODS = {
+    "siss": Method(losses.siss, settings=("lam",)),
+    "siss_no_is": Method(losses.siss_no_is),
+    "naive_deletion": Method(losses.naive_deletion, x_from="rest"),
+    "neggrad": Method(losses.neggrad),
+    "erasediff": Method(losses.erasediff, erasediff_rule, x_from="rest"),
+}
+
+
+def draw_batch(data: TrainingSet, size: int, schedule: NoiseSchedule, generator: torch.Generator, x_from: str = "all") -> Batch:
+    """Draw everything that one step needs.
+
+    x_from = "all" draws x ~ X: the paper's expectation, under which SISS at s = 0 is naive deletion.
+    x_from = "rest" draws x ~ X∖A, as the paper's released code does, and as naive deletion and EraseDiff need. SISS at
+    s = 0 is then n/(n−k) · L_{X∖A} − k/(n−k) · L_A: it pushes away from A where naive deletion does not.
+    """
+    device = data.images.device
+    x = draw(data.images if x_from == "all" else data.keep, size, generator)
+    return Batch(
+        x=x,
+        a=draw(data.forget, size, generator),
+        timesteps=torch.randint(len(schedule), (size,), generator=generator, device=device),
+        noise=torch.randn(x.shape, generator=generator, device=device),
+        pick=torch.rand(size, generator=generator, device=device),
+        uniform=torch.rand(x.shape, generator=generator, device=device),
+        n=data.n,
+        k=data.k,
+    )
+
+
+def step(
+    method: Method,
+    terms: Terms,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    *,
+    max_norm: float = 1.0,
+    micro_batch: int | None = None,
+) -> dict[str, Tensor]:
+    """One optimizer step along g = g_keep − c · g_forget, clipped to `max_norm`.
+
+    Returns the step's figures as scalar tensors. Raises Diverged, leaving the parameters as they were, when a loss or
+    a gradient is not finite.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    figures = {}
+    g_keep, g_forget, c = None, None, torch.ones(())
+    if terms.keep:
+        figures["loss_keep"], g_keep = gradient(terms.keep, parameters, micro_batch)
+        figures["norm_keep"], figures["ess_keep"] = norm(g_keep), effective_sample_size(terms.keep.weight)
+    if terms.forget:
+        figures["loss_forget"], g_forget = gradient(terms.forget, parameters, micro_batch)
+        figures["norm_forget"], figures["ess_forget"] = norm(g_forget), effective_sample_size(terms.forget.weight)
+    if terms.keep and terms.forget:
+        c = method.rule(g_keep, g_forget, settings)
+        figures["overlap"] = (terms.keep.weighed & terms.forget.weighed).float().mean()
+
+    if g_forget:
+        figures["c"] = c
+        torch._foreach_mul_(g_forget, -c)
+        g = g_forget if g_keep is None else g_keep
+        if g_keep:
+            torch._foreach_add_(g, g_forget)
+    else:
+        g = g_keep
+    for parameter, direction in zip(parameters, g, strict=True):
+        parameter.grad = direction
+    figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    finite = torch.stack([value.to(g[0].device) for value in figures.values()]).isfinite().tolist()
+    if not all(finite):
+        name = list(figures)[finite.index(False)]
+        raise Diverged(f"{name} is {figures[name].item()}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return figures
+
+
+def gradient(term: Term, parameters: Gradient, micro_batch: int | None = None) -> tuple[Tensor, Gradient]:
+    """The mean of a term over its batch, and the gradient of that.
+
+    Only the images that the term weighs go through the network, at most `micro_batch` at a time, and each pass is freed
+    before the next: the cost is 3 units for each image weighed (forward 1, backward 2), where one forward pass with two
+    backward passes costs 5 for each image. The result does not depend on either, up to rounding.
+    """
+    images = term.weighed.nonzero()[:, 0]
+    value = torch.zeros((), device=images.device)
+    for parameter in parameters:
+        parameter.grad = None
+    for some in images.split(micro_batch or max(1, len(images))):
+        if len(some):
+            loss = term.per_image(some).sum() / len(term.weight)
+            loss.backward()
+            value += loss.detach()
+    total = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return value, total
+
+
+def dot(g: Gradient, h: Gradient) -> Tensor:
+    """⟨g, h⟩"""
+    return torch.stack([torch.vdot(a.flatten(), b.flatten()) for a, b in zip(g, h, strict=True)]).sum()
+
+
+def norm(g: Gradient) -> Tensor:
+    """‖g‖"""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))
+
+
+def effective_sample_size(weight: Tensor) -> Tensor:
+    """(Σw)²/Σw²: how many images of equal weight would average as well (Kish 1965). 0 if all weights are 0."""
+    return weight.sum().square() / weight.square().sum().clamp(min=1e-30)

@@ -1,0 +1,189 @@
+"""Make a trained model forget the T-shirt and keep the digits.
+
+    python unlearn.py                             the bundled model, by SISS
+    python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff
+"""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
+
+FREE_ON_RESUME = {"steps", "device", "precision", "save_every", "samples"}
+
+
+def parse_arguments() -> Namespace:
+    parser = Parser(__doc__)
+    parser.add_preset("unlearn")
+    parser.add_argument("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, or one you add to minisiss.unlearning.METHODS")
+    parser.add_argument("--checkpoint", default="bundled", help="the model to unlearn from, a model.pt; 'bundled': the one that comes along")
+    parser.add_argument("--data-root", default="bundled", help="MNIST and FashionMNIST in torchvision's layout, downloaded if missing; 'bundled': the 10,000 digits that come along")
+    parser.add_argument("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture: the share of noisy images made from the forget set (siss)")
+    strength = parser.add_mutually_exclusive_group()
+    strength.add_argument("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: norm of the subtracted gradient, as a fraction of the kept one's (siss, siss_no_is)")
+    strength.add_argument("--superfactor", type=number(float, 0), help="s: subtract (1+s) times, instead of the rule by norms; 0 is the theory's naive deletion")
+    parser.add_argument("--erasediff-eta", type=number(float, 0), default=0.1, help="η of EraseDiff's rule")
+    parser.add_argument("--draw-x", choices=["all", "rest"], help="where x is drawn from: all is X, rest is X∖A (default: all for SISS, as in the theory)")
+    parser.add_argument("--steps", type=positive_int, help="optimizer steps")
+    parser.add_argument("--batch-size", type=positive_int, help="images a step")
+    parser.add_argument("--micro-batch", type=positive_int, help="images at a time through the network: less memory, the same step")
+    parser.add_argument("--lr", type=positive, help="learning rate of AdamW")
+    parser.add_argument("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
+    parser.add_argument("--save-every", type=positive_int, default=50, help="steps between checkpoints")
+    parser.add_sampling()
+    parser.add_machine()
+    parser.add_argument("--out", help="directory of this run (default: runs/METHOD-N)")
+    parser.add_argument("--resume", metavar="DIR", help="continue the run in this directory, with its settings")
+    return parser.parse_run(free=FREE_ON_RESUME)
+
+
+def main() -> int:
+    args = parse_arguments()
+    import torch
+    from tqdm import tqdm
+
+    from minisiss import checkpoint, metrics, runs, unlearning
+    from minisiss.data import ASSETS, BUNDLED, mnist_with_tshirt, step_generator, to_float
+    from minisiss.device import at_precision, pick_device
+    from minisiss.pictures import save_rows
+    from minisiss.sampling import sample_batches
+
+    if args.method not in unlearning.METHODS:
+        raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
+    device = pick_device(args.device)
+    base = checkpoint.load(ASSETS / "mnist-small.pt" if args.checkpoint == BUNDLED else args.checkpoint, device)
+    model, schedule = base.model, base.schedule
+    predict = at_precision(model, device, args.precision)
+    data = mnist_with_tshirt(args.data_root).to(device)
+    image_shape = tuple(data.images.shape[1:])
+    if (model.config.image_channels, model.config.image_size) != image_shape[:2]:
+        raise UserError(f"--checkpoint {args.checkpoint}: makes {model.config.image_size}-pixel pictures, the data has {image_shape[1]}")
+    if max(args.memory_timesteps) >= len(schedule):
+        raise UserError(f"--memory-timesteps {max(args.memory_timesteps)}: the schedule's last timestep is {len(schedule) - 1}")
+    tshirt = to_float(data.forget[:1])
+
+    method = unlearning.METHODS[args.method]
+    settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
+    loss_settings = {name: getattr(settings, name) for name in method.settings}
+    if args.resume:
+        out = Path(args.resume)
+    else:
+        out = runs.new_directory(args.out, args.method)
+        runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")})
+
+    def draw_samples(when: str) -> torch.Tensor:
+        """Samples from the same noise at every call: [samples, C, H, W]."""
+        images = [tshirt[:0]]
+        with tqdm(total=args.samples, desc=f"sampling {when}", unit="image") as bar:
+            for batch in sample_batches(predict, schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta):
+                images.append(batch)
+                bar.update(len(batch))
+        return torch.cat(images)
+
+    def recall(timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The T-shirt noised to a timestep, and what the model makes of it."""
+        return metrics.memory(predict, schedule, tshirt, timestep, args.draws, args.seed)
+
+    before, memory_before = draw_samples("before"), {t: recall(t) for t in args.memory_timesteps}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    start, seconds = 0, 0.0
+    if args.resume:
+        state = checkpoint.load(out / "model.pt", device).training
+        model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds = state["step"], state["seconds"]
+    log = runs.Metrics(out, start)
+
+    def save(step: int) -> None:
+        made_by = {"script": "unlearn.py", "settings": vars(args), "steps": step, "seconds": seconds, "base": base.made_by}
+        training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
+        checkpoint.save(out / "model.pt", model, schedule, made_by, training=training)
+
+    middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
+    remembered = metrics.similarity(memory_before[middle][1], tshirt).mean().item()
+    with runs.Stop() as stop, tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method, unit="step") as bar:
+        for step in bar:
+            began = time.perf_counter()
+            generator = step_generator(args.seed, step, device)
+            batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x or method.x_from)
+            terms = method.loss(predict, batch, schedule, **loss_settings)
+            try:
+                figures = unlearning.step(method, terms, optimizer, settings, micro_batch=args.micro_batch)
+            except Diverged as error:
+                raise Diverged(f"step {step + 1}: {error}; the last good checkpoint, if one was due, is {out / 'model.pt'}") from error
+            seconds += time.perf_counter() - began
+
+            done = step + 1
+            last = done == args.steps or stop.signal
+            if done % 10 == 0 or last:
+                figures = {name: value.item() for name, value in figures.items()}
+                bar.set_postfix({"memory": f"{remembered:.2f}", **{name: f"{figures[name]:.3g}" for name in ("ess_keep", "ess_forget", "c") if name in figures}})
+                log.write(step=done, seconds=seconds, **figures)
+            if done % args.evaluate_every == 0 or last:
+                remembered = metrics.similarity(recall(middle)[1], tshirt).mean().item()
+                log.write(step=done, seconds=seconds, memory=remembered, memory_timestep=middle)
+            if done % args.save_every == 0 or last:
+                save(done)
+            if stop.signal:
+                print(f"stopped at step {done}; continue with: python unlearn.py --resume {out}")
+                return stop.status
+
+    after, memory_after = draw_samples("after"), {t: recall(t) for t in args.memory_timesteps}
+
+    # The table: each line is a name, its value before and its value after.
+    table = []
+    if args.samples:
+        rates = [metrics.is_copy(images, tshirt).float().mean().item() for images in (before, after)]
+        table.append((f"T-shirts among {args.samples:,} samples", *(f"{rate:.2%}" for rate in rates)))
+        log.write(step=args.steps, seconds=seconds, samples=args.samples, tshirt_rate_before=rates[0], tshirt_rate=rates[1])
+    for t in args.memory_timesteps:
+        denoised = memory_before[t][1], memory_after[t][1]
+        table.append((f"T-shirt noised to t = {t}, denoised: similarity", *(f"{metrics.similarity(images, tshirt).mean():.3f}" for images in denoised)))
+        table.append((f"{'comes back as the T-shirt':>{len(table[-1][0])}}", *(f"{metrics.is_copy(images, tshirt).float().mean():.0%}" for images in denoised)))
+    print(f"\n{'':50}{'before':>10}{'after':>10}")
+    for name, *values in table:
+        print(f"{name:50}" + "".join(f"{value:>10}" for value in values))
+    print(f"{'seconds of unlearning':50}{'':10}{seconds:>10.1f}\n")
+
+    save_before_after(out / "before_after.png", before, after, metrics.is_copy(before, tshirt))
+    save_memory(out / "memory.png", tshirt, memory_before, memory_after)
+    print(f"Look at {out / 'before_after.png'} and {out / 'memory.png'}; next: python eval.py --checkpoint {out / 'model.pt'}")
+    return 0
+
+
+def save_before_after(path: Path, before: "Tensor", after: "Tensor", tshirts: "Tensor") -> None:
+    """The samples that were T-shirts, and ordinary ones, each above what the same noise gives after unlearning."""
+    from minisiss.pictures import save_rows
+
+    columns = 12
+    rows: list = []
+    if tshirts.any():
+        rows += ["Samples that were the T-shirt, and what the same noise gives after unlearning"]
+        rows += [("before", before[tshirts][:columns]), ("after", after[tshirts][:columns])]
+    if not tshirts.all():
+        rows += ["Ordinary samples, and what the same noise gives after unlearning"]
+        for begin in range(0, min(3 * columns, int((~tshirts).sum())), columns):
+            rows += [("before", before[~tshirts][begin : begin + columns]), ("after", after[~tshirts][begin : begin + columns])]
+    if rows:
+        save_rows(path, rows)
+
+
+def save_memory(path: Path, tshirt: "Tensor", before: dict, after: dict, draws: int = 3) -> None:
+    """One column a timestep: the T-shirt noised to it, then denoised before and after unlearning."""
+    import torch
+
+    from minisiss.pictures import save_rows
+
+    rows: list = ["The T-shirt, noised to a timestep and denoised again", [f"t = {t}" for t in before], ("T-shirt", tshirt.expand(len(before), -1, -1, -1))]
+    for draw in range(min(draws, len(next(iter(before.values()))[0]))):
+        noisy, denoised_before, denoised_after = (
+            torch.stack([memories[t][part][draw] for t in before]) for memories, part in ((before, 0), (before, 1), (after, 1))
+        )
+        rows += ["", ("noised", noisy), ("before", denoised_before), ("after", denoised_after)]
+    save_rows(path, rows)
+
+
+if __name__ == "__main__":
+    run(main)
