@@ -44,7 +44,7 @@ def main() -> int:
     from tqdm import tqdm
 
     from minisiss import checkpoint, metrics, runs, unlearning
-    from minisiss.data import ASSETS, BUNDLED, mnist_with_tshirt, step_generator, to_float
+    from minisiss.data import mnist_with_tshirt, step_generator, to_float
     from minisiss.device import at_precision, pick_device
     from minisiss.pictures import save_rows
     from minisiss.sampling import sample_batches
@@ -52,15 +52,11 @@ def main() -> int:
     if args.method not in unlearning.METHODS:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
     device = pick_device(args.device)
-    base = checkpoint.load(ASSETS / "mnist-small.pt" if args.checkpoint == BUNDLED else args.checkpoint, device)
+    data = mnist_with_tshirt(args.data_root).to(device)
+    image_shape = data.images.shape[1:]
+    base = checkpoint.load_matching(args.checkpoint, image_shape, args.memory_timesteps, device)
     model, schedule = base.model, base.schedule
     predict = at_precision(model, device, args.precision)
-    data = mnist_with_tshirt(args.data_root).to(device)
-    image_shape = tuple(data.images.shape[1:])
-    if (model.config.image_channels, model.config.image_size) != image_shape[:2]:
-        raise UserError(f"--checkpoint {args.checkpoint}: makes {model.config.image_size}-pixel pictures, the data has {image_shape[1]}")
-    if max(args.memory_timesteps) >= len(schedule):
-        raise UserError(f"--memory-timesteps {max(args.memory_timesteps)}: the schedule's last timestep is {len(schedule) - 1}")
     tshirt = to_float(data.forget[:1])
 
     method = unlearning.METHODS[args.method]

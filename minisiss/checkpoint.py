@@ -1,7 +1,5 @@
-"""Checkpoints: one file with the network, its schedule and what made it."""
+"""Checkpoints: one file with the network, its schedule and what made it; and published models (`load_pretrained`)."""
 
-import os
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +9,9 @@ import torch
 from torch import Tensor
 
 from minisiss.cli import UserError
+from minisiss.data import ASSETS, BUNDLED
+from minisiss.files import write_atomically
+from minisiss.pretrained import load_pretrained, save_pretrained  # noqa: F401: both kinds of checkpoint, one place to look
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
@@ -41,22 +42,11 @@ def save(
         "config": asdict(model.config),
         "weights": model.state_dict(),
         "ema": ema,
-        "betas": schedule.betas,
+        "schedule": vars(schedule),
         "made_by": made_by,
         "training": training or {},
     }
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
@@ -67,8 +57,6 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path}: is a directory; a checkpoint is a file such as {Path(path) / 'model.pt'}") from error
     except Exception as error:  # a damaged file can fail anywhere in torch's readers
         raise UserError(f"{path}: not a readable checkpoint (truncated, damaged, or of another program)") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -76,10 +64,32 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     try:
         model = UNet(UNetConfig(**state["config"]))
         model.load_state_dict(state["ema"] or state["weights"])
-        schedule = NoiseSchedule.from_betas(state["betas"])
+        schedule = NoiseSchedule(**state["schedule"])
+        if len({value.shape for value in vars(schedule).values()}) != 1 or not all(0 < v.min() and v.max() < 1 for v in vars(schedule).values()):
+            raise ValueError("the schedule's values should be four rows of equal length between 0 and 1")
         made_by, training = state["made_by"], state["training"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: the checkpoint does not fit together: {str(error).splitlines()[0]}") from error
     if training:
         training["weights"], training["ema"] = state["weights"], state["ema"]
     return Checkpoint(model.to(device), schedule.to(device), made_by, training)
+
+
+def load_matching(path: str, image_shape: torch.Size, timesteps: list[int], device: torch.device) -> Checkpoint:
+    """Read a model for use on images [C, H, W] and at these timesteps.
+
+    path: a checkpoint, the directory of a published model, or "bundled" for the model in assets/. Raises UserError where
+    the network makes other images or its schedule is shorter.
+    """
+    if path != BUNDLED and Path(path).is_dir():
+        model, schedule = load_pretrained(path)
+        found = Checkpoint(model.to(device), schedule.to(device), made_by={"published": path}, training={})
+    else:
+        found = load(ASSETS / "mnist-small.pt" if path == BUNDLED else path, device)
+    config = found.model.config
+    if (config.image_channels, config.image_size, config.image_size) != tuple(image_shape):
+        size = f"{config.image_channels}×{config.image_size}×{config.image_size}"
+        raise UserError(f"--checkpoint {path}: makes pictures of {size}, the data has {'×'.join(map(str, image_shape))}")
+    if max(timesteps) >= len(found.schedule):
+        raise UserError(f"--memory-timesteps {max(timesteps)}: the last timestep of {path} is {len(found.schedule) - 1}")
+    return found

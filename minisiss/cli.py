@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--sampling-steps", type=positive_int, default=50, help="network calls for one sample")
         self.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="0: deterministic DDIM; 1: ancestral DDPM sampling")
         self.add_argument("--draws", type=positive_int, default=32, help="draws for the memory of the forget image, a timestep")
-        self.add_argument("--memory-timesteps", type=number(int, 0), nargs="+", default=[400, 500, 600], help="timesteps the forget image is noised to")
+        self.add_argument("--memory-timesteps", type=number(int, 0), nargs="+", default=[300, 400, 500, 600, 700], help="timesteps the forget image is noised to")
 
     def parse_run(self, free: set[str]) -> argparse.Namespace:
         """Parse the command line of a script with --resume.

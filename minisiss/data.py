@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.functional import pil_to_tensor
 
 from minisiss.cli import UserError
 
@@ -74,13 +75,13 @@ def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
 
 def bundled_digits() -> Tensor:
     """10,000 MNIST training digits, 1,000 a class in the order of the classes: [10000, 1, 28, 28] uint8."""
-    sheet = decode_image(str(ASSETS / "digits.png"), ImageReadMode.GRAY)
+    sheet = pil_to_tensor(Image.open(ASSETS / "digits.png"))
     return rearrange(sheet, "1 (row h) (column w) -> (row column) 1 h w", h=28, w=28)
 
 
 def bundled_tshirt() -> Tensor:
     """The image to forget: [1, 1, 28, 28] uint8."""
-    return decode_image(str(ASSETS / "tshirt.png"), ImageReadMode.GRAY)[None]
+    return pil_to_tensor(Image.open(ASSETS / "tshirt.png"))[None]
 
 
 def to_float(images: Tensor) -> Tensor:

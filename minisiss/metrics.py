@@ -35,9 +35,7 @@ def memory(
     timestep: int,
     draws: int,
     seed: int,
-    *,
-    steps: int = 50,
-    eta: float = 1.0,
+    steps: int = 25,
 ) -> tuple[Tensor, Tensor]:
     """Noise an image to one timestep and denoise it again: a model that remembers the image brings it back.
 
@@ -48,7 +46,7 @@ def memory(
     originals = original.expand(draws, -1, -1, -1)
     noise = torch.randn(originals.shape, generator=generator, device=original.device)
     noisy = schedule.add_noise(originals, noise, torch.full((draws,), timestep, device=original.device))
-    return noisy, denoise_from(model, schedule, noisy, timestep, steps=steps, eta=eta, generator=generator)
+    return noisy, denoise_from(model, schedule, noisy, timestep, steps=steps, generator=generator)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -7,18 +7,20 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-GAP, LABEL, TEXT = 4, 110, 22  # pixels: between images, for the word beside a row, for a line of text
+GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for the word beside a row, for a line of text
 
 Row = str | list[str] | tuple[str, Tensor]  # a line of text, a heading for each column, or a label and its images
 
 
-def save_rows(path: Path, rows: list[Row], scale: int = 2) -> None:
+def save_rows(path: Path, rows: list[Row], scale: int = 3) -> None:
     """Write a PNG of rows one below the other. Images are [N, C, H, W] in [−1, 1], all of one size."""
     pictures = [row[1] for row in rows if isinstance(row, tuple)]
     height, width = (scale * side + GAP for side in pictures[0].shape[-2:])
     heights = [height if isinstance(row, tuple) else TEXT for row in rows]
-    sheet = Image.new("RGB", (LABEL + max(map(len, pictures)) * width, sum(heights) + GAP), "white")
-    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(size=13), GAP
+    font, y = ImageFont.load_default(size=13), GAP
+    widths = [LABEL + len(images) * width for images in pictures] + [font.getlength(row) for row in rows if isinstance(row, str)]
+    sheet = Image.new("RGB", (int(max(widths)) + 2 * GAP, sum(heights) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
     for row, row_height in zip(rows, heights, strict=True):
         if isinstance(row, str):
             draw.text((GAP, y), row, "black", font)

@@ -1,12 +1,12 @@
 """A run's directory: config.json, metrics.jsonl, model.pt, pictures; and stopping a run without losing it."""
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
 from minisiss.cli import UserError
+from minisiss.files import write_atomically
 
 
 def new_directory(out: str | None, name: str) -> Path:
@@ -38,9 +38,7 @@ def new_directory(out: str | None, name: str) -> Path:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a readable JSON file, atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
 
 
 class Metrics:

@@ -1,0 +1,45 @@
+"""How good samples are as a set, from what a classifier says about them: plain functions on tensors."""
+
+import torch
+from torch import Tensor
+
+
+def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
+    """exp E_x KL(p(y|x) ‖ p(y)), as its mean and standard deviation over splits (Salimans et al. 2016, section 4).
+
+    From 1, when every image gets the same distribution, to the number of classes, when each image is surely of one
+    class and the classes are equally frequent. p(y) is the mean over the split.
+
+    probabilities: [N, classes], p(y|x) of each sample, rows adding up to 1; consecutive rows make up a split, as equal
+    in size as can be. Raises ValueError when N < splits.
+    """
+    if not 1 <= splits <= len(probabilities):
+        raise ValueError(f"an inception score over {splits} splits needs at least {splits} images, got {len(probabilities)}")
+    scores = []
+    for p in probabilities.double().tensor_split(splits):
+        marginal = p.mean(dim=0)  # p(y)
+        divergence = (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1)  # KL; xlogy: 0 log 0 = 0
+        scores.append(divergence.mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) between two sets of features (Heusel et al. 2017, eq. 6).
+
+    The squared 2-Wasserstein distance of the Gaussians with the sets' means and covariances. Σ_a Σ_b has the eigenvalues
+    of the symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of theirs. Computed in float64.
+
+    features_a: [N, D] and features_b: [M, D]. Raises ValueError unless N, M ≥ 2 and both have the same D.
+    """
+    if min(len(features_a), len(features_b)) < 2 or features_a.shape[1:] != features_b.shape[1:] or features_a.ndim != 2:
+        shapes = f"{list(features_a.shape)} and {list(features_b.shape)}"
+        raise ValueError(f"a Fréchet distance needs features [N, D] and [M, D] with N, M ≥ 2, got {shapes}")
+    a, b = features_a.double(), features_b.double()
+    difference = a.mean(dim=0) - b.mean(dim=0)
+    cov_a, cov_b = (torch.atleast_2d(torch.cov(features.T)) for features in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # Σ_a^½
+    # Rounding turns eigenvalues of 0 into small negative ones.
+    trace_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    return (difference.square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root).item()

@@ -1,0 +1,51 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, and the same everywhere
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts are modules of the repository's root
+
+from minisiss import checkpoint, cli  # noqa: E402
+from minisiss.schedule import NoiseSchedule  # noqa: E402
+from minisiss.unet import UNet, UNetConfig  # noqa: E402
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fill every parameter, those that start at zero too, so that nothing is hidden behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_unet() -> UNet:
+    return randomise(UNet(UNetConfig(**cli.PRESETS["mnist-tiny"]["unet"])))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_unet, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "model.pt"
+    checkpoint.save(path, tiny_unet, NoiseSchedule.linear(), {"script": "conftest.py"})
+    return path
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """Run a script's main function in this process: script("unlearn", "--steps", 3) -> (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(__import__(name).main)
+        output = capsys.readouterr()
+        return stopped.value.code or 0, output.out, output.err
+
+    return run

@@ -1,0 +1,130 @@
+"""The importance weights and the mixture (DESIGN of the method: losses.py); what the losses add up to is in test_derivations.py."""
+
+import pytest
+import torch
+
+from minisiss import losses
+from minisiss.losses import importance_weights, sample_mixture
+from minisiss.schedule import NoiseSchedule, per_image
+
+SCHEDULE = NoiseSchedule.linear()
+LAMBDAS = [0.0, 1e-6, 0.5, 1 - 1e-6, 1.0]
+SHAPES = [(1, 28, 28), (3, 256, 256)]
+
+
+def pictures(shape, dtype, seed=0):
+    """Smooth random pictures in [−1, 1] with as much contrast as photographs have: x and a, [4, C, H, W] each."""
+    rng = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(8, shape[0], 7, 7, generator=rng) * 2 - 1
+    fine = torch.rand(8, *shape, generator=rng) * 0.2 - 0.1
+    images = (torch.nn.functional.interpolate(coarse, shape[1:], mode="bilinear") + fine).clamp(-1, 1)
+    return images.to(dtype).split(4)
+
+
+def noisy(x, timestep, seed=1):
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
+    gamma, sigma = (values[torch.full((len(x),), timestep)].to(x.dtype) for values in (SCHEDULE.gamma, SCHEDULE.sigma))
+    return per_image(gamma) * x + per_image(sigma) * noise, gamma, sigma
+
+
+def literal_weights(m, x, a, gamma, sigma, lam):
+    """The definition, in float64: a ratio of densities, each divided by the larger one."""
+    log_x = -(m - per_image(gamma) * x).square().flatten(1).sum(1) / (2 * sigma**2)
+    log_a = -(m - per_image(gamma) * a).square().flatten(1).sum(1) / (2 * sigma**2)
+    largest = torch.maximum(log_x, log_a)
+    q_x, q_a = (log_x - largest).exp(), (log_a - largest).exp()
+    mixture = (1 - lam) * q_x + lam * q_a
+    return q_x / mixture, q_a / mixture
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["28", "256"])
+@pytest.mark.parametrize("timestep", [0, 300, 999])
+@pytest.mark.parametrize("source", ["x", "a"])
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_weights_are_finite_bounded_and_sum_to_one(shape, timestep, source, lam):
+    x, a = pictures(shape, torch.float64)
+    m, gamma, sigma = noisy({"x": x, "a": a}[source], timestep)
+    w_x, w_a = importance_weights(m, x, a, gamma, sigma, lam)
+    assert w_x.shape == w_a.shape == (4,)
+    assert w_x.isfinite().all() and w_a.isfinite().all()
+    drawn = lam not in (0.0, 1.0) or source == ("a" if lam else "x")  # can the proposal draw this m at all?
+    total = (1 - lam) * w_x + lam * w_a
+    assert torch.allclose(total, torch.ones(4, dtype=torch.float64), atol=1e-10) or not drawn
+    assert (w_x >= 0).all() and (w_a >= 0).all()
+    if lam < 1:
+        assert (w_x <= 1 / (1 - lam) * (1 + 1e-12)).all()
+    if lam > 0:
+        assert (w_a <= 1 / lam * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["28", "256"])
+@pytest.mark.parametrize("timestep", [0, 300, 999])
+@pytest.mark.parametrize("source", ["x", "a"])
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_float32_weights_match_float64_ones(shape, timestep, source, lam):
+    x, a = pictures(shape, torch.float32)
+    m, gamma, sigma = noisy({"x": x, "a": a}[source], timestep)
+    single = importance_weights(m, x, a, gamma, sigma, lam)
+    double = importance_weights(*(value.double() for value in (m, x, a, gamma, sigma)), lam)
+    for w32, w64 in zip(single, double, strict=True):
+        assert w32.dtype == torch.float32
+        # Absolute up to 1, relative above: a weight can be 1/λ = 1e6, which float32 holds to 0.06.
+        assert ((w32 - w64).abs() <= 1e-5 * w64.clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("timestep", [300, 700, 999])
+def test_weights_are_the_ratios_of_densities_that_define_them(lam, timestep):
+    x, a = pictures((1, 28, 28), torch.float64)
+    for source in (x, a):
+        m, gamma, sigma = noisy(source, timestep)
+        for ours, literal in zip(importance_weights(m, x, a, gamma, sigma, lam), literal_weights(m, x, a, gamma, sigma, lam), strict=True):
+            assert torch.allclose(ours, literal, rtol=1e-9, atol=1e-12)
+
+
+def test_the_literal_formula_is_off_on_faces_where_ours_is_not():
+    # Why Δ is not computed as a difference of squared distances.
+    x, a = pictures((3, 256, 256), torch.float32)
+    m, gamma, sigma = noisy(x, 990)
+    exact = importance_weights(*(value.double() for value in (m, x, a, gamma, sigma)), 0.5)[0]
+    distance = lambda z: (m - per_image(gamma) * z).square().flatten(1).sum(1) / (2 * sigma**2)  # noqa: E731
+    literal = 1 / (0.5 + 0.5 * (distance(x) - distance(a)).exp())
+    ours = importance_weights(m, x, a, gamma, sigma, 0.5)[0]
+    assert (literal - exact).abs().max() > 1e-3
+    assert (ours - exact).abs().max() < 1e-6
+
+
+def test_equal_images_have_weight_one():
+    x, _ = pictures((1, 28, 28), torch.float64)
+    for lam in LAMBDAS:
+        m, gamma, sigma = noisy(x, 400)
+        for weight in importance_weights(m, x, x, gamma, sigma, lam):
+            assert torch.allclose(weight, torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("lam", [-0.1, 1.1, float("nan")])
+def test_a_lambda_outside_its_range_is_refused(lam):
+    x, a = pictures((1, 28, 28), torch.float32)
+    with pytest.raises(ValueError, match="lam"):
+        importance_weights(x, x, a, torch.ones(4), torch.ones(4), lam)
+
+
+def test_the_mixture_takes_a_where_pick_is_below_lambda():
+    x, a, noise = torch.randn(3, 4, 1, 2, 2)
+    pick = torch.tensor([0.0, 0.29, 0.31, 0.99])
+    gamma, sigma = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    m = sample_mixture(x, a, noise, pick, gamma, sigma, 0.3)
+    for i, source in enumerate([a, a, x, x]):
+        assert torch.allclose(m[i], gamma[i] * source[i] + sigma[i] * noise[i])
+    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 0.0), per_image(gamma) * x + per_image(sigma) * noise)
+    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 1.0), per_image(gamma) * a + per_image(sigma) * noise)
+
+
+def test_the_network_runs_only_on_the_images_that_a_term_weighs():
+    seen = []
+    model = lambda m, t: seen.append(len(m)) or torch.zeros_like(m)  # noqa: E731
+    weight = torch.tensor([0.0, 0.5, 1e-9, 2.0])
+    term = losses.Term(model, torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), torch.ones(4, 1, 2, 2), weight)
+    assert term.weighed.tolist() == [False, True, False, True]
+    assert term.per_image(term.weighed.nonzero()[:, 0]).tolist() == [0.5, 2.0]
+    assert seen == [2]

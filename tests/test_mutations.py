@@ -1,0 +1,128 @@
+"""Deliberate errors, one line each, and the tests that must notice them.
+
+Each row changes one place of a copy of the module and runs the tests it names on that copy; one that passes them all is
+a hole in the tests. The names are functions of test_derivations.py and test_unlearning.py, with their arguments.
+"""
+
+import sys
+import types
+
+import pytest
+import test_derivations
+import test_losses
+import test_unlearning
+
+from minisiss import losses, unlearning
+from minisiss.cli import Diverged
+
+# The tests that a mutant of losses.py meets: each claim once, at one setting.
+DERIVATIONS = [
+    lambda: test_losses.test_weights_are_the_ratios_of_densities_that_define_them(0.1, 700),
+    lambda: test_losses.test_the_mixture_takes_a_where_pick_is_below_lambda(),
+    lambda: test_derivations.test_naive_deletion_is_the_loss_on_the_kept_set_and_neggrad_minus_the_loss_on_the_forget_set(300),
+    lambda: test_derivations.test_subtraction_identity(300),
+    lambda: test_derivations.test_siss_at_s_0_is_naive_deletion_for_every_lambda(0.1, 1e-10, 300),
+    lambda: test_derivations.test_the_superfactor_subtracts_the_forget_sets_loss_once_more_s_times(0.5, 9.0, 300),
+    lambda: test_derivations.test_erasediff_pulls_the_prediction_on_the_forget_set_to_the_uniform_noise(),
+]
+MONTE_CARLO = [test_derivations.test_siss_agrees_with_naive_deletion_on_a_unet_by_monte_carlo]
+RULES = [
+    lambda: test_unlearning.test_the_norm_rule_subtracts_a_fraction_of_the_kept_norm("siss", 2.0),
+    lambda: test_unlearning.test_the_superfactor_subtracts_1_plus_s_times("siss", 5.0),
+    lambda: test_unlearning.test_naive_deletion_descends_and_neggrad_ascends(),
+    lambda: test_unlearning.test_erasediff_descends_on_both_terms_on_one_side_of_its_switch_and_on_the_kept_one_on_the_other(),
+]
+
+LOSSES = [
+    ("sign of Δ", "((x - a) * (middle - m))", "((a - x) * (middle - m))"),
+    ("γ for σ in Δ", "gamma / sigma**2 *", "sigma / gamma**2 *"),
+    ("σ for σ² in Δ", "gamma / sigma**2 *", "gamma / sigma *"),
+    ("no γ at the middle", "per_image(gamma) * ((x + a) / 2)", "(x + a) / 2"),
+    ("λ for 1−λ", "math.log1p(-lam) if lam < 1", "math.log(lam) if lam > 0"),
+    ("the mixture's λ for 1−λ", "pick < lam", "pick < 1 - lam"),
+    ("x and a exchanged in the mixture", "a, x)\n", "x, a)\n"),
+    ("γ for σ in the mixture", "+ per_image(sigma) * noise\n\n\ndef importance", "+ per_image(gamma) * noise\n\n\ndef importance"),
+    ("no n/(n−k)", "n / (n - k) * w_x", "w_x"),
+    ("no k/(n−k)", "k / (n - k) * w_a", "w_a"),
+    ("n/(n−k) for k/(n−k)", "k / (n - k) * w_a", "n / (n - k) * w_a"),
+    ("weight of the wrong term, kept", "n / (n - k) * w_x", "n / (n - k) * w_a"),
+    ("weight of the wrong term, forgotten", "k / (n - k) * w_a", "k / (n - k) * w_x"),
+    ("weights exchanged", "w_x, w_a = importance", "w_a, w_x = importance"),
+    ("ε_a for ε_x", "epsilon_x, n / (n - k)", "epsilon_a, n / (n - k)"),
+    ("ε_x for ε_a", "epsilon_a, k / (n - k)", "epsilon_x, k / (n - k)"),
+    ("targets exchanged", "epsilon_x = (m - per_image(gamma) * x)", "epsilon_x = (m - per_image(gamma) * a)"),
+    ("the drawn noise as kept target", "epsilon_x, n / (n - k)", "batch.noise, n / (n - k)"),
+    ("the drawn noise as forgotten target", "epsilon_a, k / (n - k)", "batch.noise, k / (n - k)"),
+    ("γ for σ in ε_x", "x) / per_image(sigma)", "x) / per_image(gamma)"),
+    ("no γ in ε_a", "epsilon_a = (m - per_image(gamma) * a)", "epsilon_a = (m - a)"),
+    ("naive deletion on A", "(model, batch.x, batch.timesteps, batch.noise, schedule))", "(model, batch.a, batch.timesteps, batch.noise, schedule))"),
+    ("NegGrad on X", "forget=epsilon_matching(model, batch.a, batch.timesteps, batch.noise, schedule))", "forget=epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule))"),
+    ("NegGrad descends", "Terms(forget=epsilon_matching", "Terms(keep=epsilon_matching"),
+    ("No IS without n/(n−k)", "schedule, n / (n - k))", "schedule)"),
+    ("No IS without k/(n−k)", "schedule, k / (n - k))", "schedule)"),
+    ("EraseDiff's target is the noise", "batch.timesteps, batch.uniform, ", "batch.timesteps, batch.noise, "),
+    ("EraseDiff's forget term on x", "a_t = schedule.add_noise(batch.a", "a_t = schedule.add_noise(batch.x"),
+]  # fmt: skip
+UNLEARNING = [
+    ("ρ inverted", "settings.grad_ratio * norm(g_keep)", "1 / settings.grad_ratio * norm(g_keep)"),
+    ("norms exchanged", "norm(g_keep) / norm(g_forget).clamp", "norm(g_forget) / norm(g_keep).clamp"),
+    ("s for 1+s", "torch.tensor(1 + settings.superfactor", "torch.tensor(settings.superfactor"),
+    ("forget gradient added", "torch._foreach_mul_(g_forget, -c)", "torch._foreach_mul_(g_forget, c)"),
+    ("EraseDiff without its switch", "- agreement).clamp(min=0)", "- agreement)"),
+    ("EraseDiff divides by the norm, not its square", "norm(g_forget).square().clamp", "norm(g_forget).clamp"),
+    ("EraseDiff's forget term ascended", "return -(settings.erasediff_eta", "return (settings.erasediff_eta"),
+    ("the weighed images' mean instead of the batch's", ".sum() / len(term.weight)", ".mean()"),
+]  # fmt: skip
+
+
+def mutate(monkeypatch, module: types.ModuleType, old: str, new: str) -> types.ModuleType:
+    """A copy of the module with one place changed, put where the tests look for the original."""
+    source = open(module.__file__, encoding="utf-8").read()
+    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
+    mutant = types.ModuleType(module.__name__)
+    mutant.__file__ = module.__file__
+    monkeypatch.setitem(sys.modules, module.__name__, mutant)  # dataclasses look their module up
+    exec(compile(source.replace(old, new), module.__file__, "exec"), mutant.__dict__)
+    for test in (test_losses, test_derivations, test_unlearning):
+        for name, value in list(vars(test).items()):
+            if value is module:
+                monkeypatch.setattr(test, name, mutant)
+            elif getattr(value, "__module__", None) == module.__name__ or (name == "METHODS" and module is unlearning):
+                monkeypatch.setattr(test, name, getattr(mutant, name))
+    return mutant
+
+
+def caught(tests) -> bool:
+    for test in tests:
+        try:
+            test()
+        except (AssertionError, Diverged):
+            return True
+    return False
+
+
+def test_the_tests_pass_on_the_code_as_it_is(monkeypatch):
+    mutate(monkeypatch, losses, "def siss(", "def siss(")
+    assert not caught(DERIVATIONS + MONTE_CARLO)
+    mutate(monkeypatch, unlearning, "def step(", "def step(")
+    for test in RULES:
+        test()
+
+
+@pytest.mark.parametrize("name, old, new", LOSSES, ids=[row[0] for row in LOSSES])
+def test_an_error_in_the_losses_is_caught(monkeypatch, name, old, new):
+    mutate(monkeypatch, losses, old, new)
+    assert caught(DERIVATIONS), f"no test notices: {name}"
+
+
+@pytest.mark.parametrize("name", ["weights exchanged", "no n/(n−k)", "targets exchanged", "ε_a for ε_x", "ε_x for ε_a", "sign of Δ"])
+def test_monte_carlo_catches_it_too(monkeypatch, name):
+    old, new = next((old, new) for row, old, new in LOSSES if row == name)
+    mutate(monkeypatch, losses, old, new)
+    assert caught(MONTE_CARLO), f"Monte Carlo does not notice: {name}"
+
+
+@pytest.mark.parametrize("name, old, new", UNLEARNING, ids=[row[0] for row in UNLEARNING])
+def test_an_error_in_the_step_is_caught(monkeypatch, name, old, new):
+    mutate(monkeypatch, unlearning, old, new)
+    assert caught(RULES), f"no test notices: {name}"

@@ -1,0 +1,230 @@
+"""The three scripts, whole, on the tiny preset; and what they say to wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from minisiss import checkpoint, data
+
+TINY_TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
+TINY_UNLEARN = ("--preset", "mnist-tiny")
+TINY_EVAL = ("--samples", 4, "--sampling-steps", 2, "--draws", 2)
+METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def same(a, b):
+    return all(torch.equal(weights(a)[name], value) for name, value in weights(b).items())
+
+
+def test_train_unlearn_eval_one_after_the_other_as_commands(tmp_path):
+    def command(*arguments):
+        environment = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:minisiss"}
+        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    command(ROOT / "train_ddpm.py", *TINY_TRAIN)
+    assert sorted(os.listdir(tmp_path / "runs/train-1")) == ["config.json", "metrics.jsonl", "model.pt", "samples-000020.png"]
+
+    said = command(ROOT / "unlearn.py", *TINY_UNLEARN, "--checkpoint", "runs/train-1/model.pt")
+    run = tmp_path / "runs/siss-1"
+    assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "memory.png", "metrics.jsonl", "model.pt"]
+    assert "T-shirts among 8 samples" in said and "before_after.png" in said and "python eval.py" in said
+    assert json.loads((run / "config.json").read_text())["lam"] == 0.5
+    figures = next(line for line in lines(run / "metrics.jsonl") if "c" in line)
+    assert {"ess_keep", "ess_forget", "overlap", "norm_keep", "norm_forget", "c", "loss_keep", "loss_forget"} <= set(figures)
+
+    said = command(ROOT / "eval.py", *TINY_EVAL, "--checkpoint", run / "model.pt")
+    assert "of 4 samples" in said and "95% interval" in said
+    results = json.loads((tmp_path / "runs/eval-1/results.json").read_text())
+    assert results["samples"] == 4 and "memory_500" in results
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_unlearns_in_its_own_directory(method, script, tiny_checkpoint, tmp_path):
+    status, _, error = script("unlearn", *TINY_UNLEARN, "--method", method, "--checkpoint", tiny_checkpoint)
+    assert (status, error) == (0, "")
+    assert not same(tmp_path / f"runs/{method}-1/model.pt", tiny_checkpoint)
+    assert checkpoint.load(tmp_path / f"runs/{method}-1/model.pt").made_by["settings"]["method"] == method
+
+
+def test_the_pictures_have_a_row_for_each_thing_they_compare(script, tiny_checkpoint, tmp_path):
+    script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--memory-timesteps", 100, 500)
+    side = 3 * 28 + 4
+    assert Image.open(tmp_path / "runs/siss-1/memory.png").height > 7 * side  # the T-shirt; noised, before and after, twice
+    picture = Image.open(tmp_path / "runs/siss-1/before_after.png")
+    assert picture.width > 8 * side and picture.height > 2 * side
+
+
+def test_the_next_run_gets_the_next_number(script, tiny_checkpoint, tmp_path):
+    for _ in range(2):
+        script("eval", *TINY_EVAL, "--checkpoint", tiny_checkpoint)
+    assert sorted(os.listdir(tmp_path / "runs")) == ["eval-1", "eval-2"]
+
+
+def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_another(script, tiny_checkpoint, tmp_path):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--out", out, "--seed", seed)
+    assert same(tmp_path / "a/model.pt", tmp_path / "b/model.pt")
+    assert not same(tmp_path / "a/model.pt", tmp_path / "c/model.pt")
+
+
+def test_training_without_the_forget_set_never_sees_it(script, tmp_path, monkeypatch):
+    seen, draw = [], data.draw
+    monkeypatch.setattr(data, "draw", lambda images, *rest: seen.append(len(images)) or draw(images, *rest))
+    for name, flags in (("with", ()), ("without", ("--exclude-forget",))):
+        script("train_ddpm", *TINY_TRAIN, "--steps", 2, "--out", name, *flags)
+    assert set(seen[:2]) == {10_100} and set(seen[2:]) == {10_000}
+
+
+def test_every_value_of_a_preset_can_be_overridden(script, tmp_path):
+    status, _, error = script("train_ddpm", *TINY_TRAIN, "--steps", 1, "--channels", 4, 8, 8, "--norm-groups", 2, "--attention-levels", 1, "--head-channels", 2, "--out", "a")
+    assert (status, error) == (0, "")
+    config = checkpoint.load(tmp_path / "a/model.pt").model.config
+    assert (config.channels, config.attention_levels, config.head_channels) == ((4, 8, 8), (1,), 2)
+
+
+def interrupted(tmp_path, number, *arguments):
+    """Start a script as a process, send it a signal once it has written its first metrics, and return its status."""
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics, patience = tmp_path / "stopped/metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() and process.poll() is None and time.monotonic() < patience:
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_stopped_and_resumed_equals_one_that_is_not(number, status, script, tmp_path):
+    arguments = (*TINY_TRAIN, "--steps", 200)
+    assert interrupted(tmp_path, number, ROOT / "train_ddpm.py", *arguments, "--out", "stopped") == status
+    stopped_at = checkpoint.load(tmp_path / "stopped/model.pt").training["step"]
+    assert 50 <= stopped_at < 200
+    assert script("train_ddpm", "--resume", "stopped")[0] == 0
+    assert script("train_ddpm", *arguments, "--out", "whole")[0] == 0
+    assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
+    steps = [line["step"] for line in lines(tmp_path / "stopped/metrics.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_an_unlearning_that_is_stopped_and_resumed_equals_one_that_is_not(script, tiny_checkpoint, tmp_path, monkeypatch):
+    from minisiss import runs
+
+    arguments = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint)
+    assert script("unlearn", *arguments, "--out", "whole")[0] == 0
+    with monkeypatch.context() as patch:  # Ctrl-C while the first step runs
+        patch.setattr(runs.Stop, "__enter__", lambda stop: setattr(stop, "signal", signal.SIGINT) or setattr(stop, "previous", {}) or stop)
+        status, said, _ = script("unlearn", *arguments, "--out", "stopped")
+    assert status == 130 and "--resume stopped" in said
+    assert script("unlearn", "--resume", "stopped")[0] == 0
+    assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
+
+
+def test_a_resumed_run_keeps_its_settings(script, tmp_path):
+    assert script("train_ddpm", *TINY_TRAIN, "--steps", 2, "--out", "a")[0] == 0
+    status, _, error = script("train_ddpm", "--resume", "a", "--lr", 5)
+    assert status == 2 and "--lr 0.001" in error
+    assert script("train_ddpm", "--resume", "a", "--steps", 3)[0] == 0
+    assert checkpoint.load(tmp_path / "a/model.pt").training["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["train_ddpm", "unlearn"])
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(name, script, tiny_checkpoint, tmp_path, monkeypatch):
+    from minisiss import losses, unlearning
+
+    call, squared_error = iter(range(10**6)), losses.squared_error
+    broken = lambda *arguments: squared_error(*arguments) * (float("nan") if next(call) >= 7 else 1)  # noqa: E731
+    monkeypatch.setattr(losses, "squared_error", broken)
+    arguments = TINY_TRAIN if name == "train_ddpm" else (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--method", "naive_deletion", "--steps", 20)
+    assert unlearning.METHODS  # the step that is run is the real one
+    status, _, error = script(name, *arguments, "--save-every", 5, "--out", "a")
+    assert status == 1 and "step 8" in error and error.count("\n") == 1 and "nan" in error
+    kept = checkpoint.load(tmp_path / "a/model.pt")
+    assert kept.training["step"] == 5 and all(p.isfinite().all() for p in kept.model.parameters())
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nno network")
+
+    monkeypatch.setattr(data.MNIST, "download", fail)
+
+
+WRONG = [
+    # script, arguments, words of the message
+    ("unlearn", ("--checkpoint", "nowhere.pt"), ["nowhere.pt", "no such"]),
+    ("unlearn", ("--checkpoint", "truncated.pt"), ["truncated.pt", "truncated"]),
+    ("unlearn", ("--checkpoint", "foreign.pt"), ["foreign.pt", "not a minisiss checkpoint"]),
+    ("unlearn", ("--checkpoint", "."), [".", "config.json"]),
+    ("unlearn", ("--checkpoint", "rgb.pt"), ["rgb.pt", "3×28×28", "1×28×28"]),
+    ("unlearn", ("--data-root", "nowhere"), ["--data-root nowhere", "MNIST/raw"]),
+    ("unlearn", ("--lam", "1.5"), ["--lam", "1.5", "0 to 1"]),
+    ("unlearn", ("--lam", "-0.1"), ["--lam", "-0.1"]),
+    ("unlearn", ("--lam", "nan"), ["--lam", "nan"]),
+    ("unlearn", ("--grad-ratio", "-1"), ["--grad-ratio", "-1"]),
+    ("unlearn", ("--superfactor", "1", "--grad-ratio", "0.2"), ["--superfactor", "--grad-ratio"]),
+    ("unlearn", ("--steps", "0"), ["--steps", "'0'", "from 1"]),
+    ("unlearn", ("--steps", "many"), ["--steps", "many"]),
+    ("unlearn", ("--lr", "inf"), ["--lr", "inf"]),
+    ("unlearn", ("--preset", "imagenet"), ["--preset", "imagenet", "mnist-small"]),
+    ("unlearn", ("--method", "prayer"), ["--method", "prayer", "siss"]),
+    ("unlearn", ("--device", "cuda"), ["--device cuda"]),
+    ("unlearn", ("--device", "toaster"), ["--device toaster"]),
+    ("unlearn", ("--out", "holds-a-run"), ["holds-a-run", "already holds"]),
+    ("unlearn", ("--out", "foreign.pt"), ["foreign.pt"]),
+    ("unlearn", ("--memory-timesteps", "1000"), ["--memory-timesteps", "999"]),
+    ("unlearn", ("--resume", "nowhere"), ["nowhere", "holds no run"]),
+    ("unlearn", ("--no-such-flag",), ["--no-such-flag"]),
+    ("train_ddpm", ("--data-root", "nowhere"), ["--data-root nowhere", "bundled"]),
+    ("train_ddpm", (*TINY_TRAIN, "--steps", "0"), ["--steps"]),
+    ("train_ddpm", (*TINY_TRAIN, "--batch-size", "-3"), ["--batch-size"]),
+    ("train_ddpm", (*TINY_TRAIN, "--channels", "6"), ["channels", "norm_groups"]),
+    ("train_ddpm", (*TINY_TRAIN, "--image-size", "32"), ["--image-size"]),
+    ("train_ddpm", (*TINY_TRAIN, "--device", "cuda"), ["--device cuda"]),
+    ("train_ddpm", (*TINY_TRAIN, "--out", "holds-a-run"), ["holds-a-run"]),
+    ("train_ddpm", (*TINY_TRAIN, "--resume", "holds-a-run"), ["model.pt", "no such"]),
+    ("eval", ("--checkpoint", "nowhere.pt"), ["nowhere.pt"]),
+    ("eval", ("--samples", "-1"), ["--samples"]),
+    ("eval", ("--samples", "1e3"), ["--samples", "integer"]),
+    ("eval", ("--out", "holds-a-run"), ["holds-a-run"]),
+]
+
+
+@pytest.mark.parametrize("name, arguments, words", WRONG, ids=[f"{row[0]} {' '.join(map(str, row[1]))}" for row in WRONG])
+def test_wrong_input_is_one_line_and_status_2(name, arguments, words, script, no_network, tiny_checkpoint, tmp_path):
+    (tmp_path / "truncated.pt").write_bytes(tiny_checkpoint.read_bytes()[:5000])
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    (tmp_path / "holds-a-run").mkdir()
+    (tmp_path / "holds-a-run/config.json").write_text("{}")
+    state = torch.load(tiny_checkpoint, weights_only=True)
+    state["config"]["image_channels"] = 3
+    for key, axis in (("conv_in.weight", 1), ("conv_out.weight", 0), ("conv_out.bias", 0)):
+        state["weights"][key] = state["weights"][key].repeat_interleave(3, dim=axis)
+    torch.save(state, tmp_path / "rgb.pt")
+    before = sorted(os.listdir(tmp_path))
+
+    if name != "train_ddpm" and "--checkpoint" not in arguments and "--resume" not in arguments:
+        arguments = (*arguments, "--checkpoint", tiny_checkpoint)
+    status, _, error = script(name, *arguments)
+    assert status == 2 and error.count("\n") == 1 and "Traceback" not in error, error
+    assert all(word in error for word in words), error
+    left = [entry for entry in sorted(os.listdir(tmp_path)) if entry not in before and entry != "nowhere"]
+    assert left == []

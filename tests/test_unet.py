@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+from conftest import randomise
+
+from minisiss.cli import PRESETS
+from minisiss.unet import Attention, Downsample, ResidualBlock, UNet, UNetConfig, Upsample, timestep_embedding
+
+SMALL = dict(image_size=8, channels=(8, 16), norm_groups=4, layers_per_block=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(attention_levels=(0, 1), head_channels=4),
+        dict(layers_per_block=2, attention_levels=()),
+        dict(channels=(8, 16, 24), downsample_padding=0, flip_sin_to_cos=True, freq_shift=0),
+        dict(image_channels=3, channels=(8,), attention_levels=(0,)),
+    ],
+)
+def test_the_output_has_the_inputs_shape_and_every_parameter_gets_a_gradient(options):
+    config = UNetConfig(**{**SMALL, **options})
+    model = randomise(UNet(config))
+    x = torch.randn(2, config.image_channels, 8, 8)
+    noise = model(x, torch.tensor([0, 999]))
+    assert noise.shape == x.shape
+    noise.square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # A key's bias shifts all of a query's scores alike, which softmax does not see: its gradient is zero in exact arithmetic.
+    assert [name for name in without if not name.endswith("key.bias")] == []
+
+
+def count(model: UNet, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+def test_the_topology_is_that_of_the_published_checkpoints():
+    model = UNet(UNetConfig(**PRESETS["mnist"]["unet"]))
+    # Three levels: 2 blocks each down, 3 each up, 2 in the middle; attention beside each block of level 1, and one in the middle.
+    assert count(model, ResidualBlock) == 3 * 2 + 3 * 3 + 2
+    assert count(model, Attention) == 2 + 3 + 1
+    assert (count(model, Downsample), count(model, Upsample)) == (2, 2)
+    # On the way up each block takes one skip: what it joins is fixed by which skip that is.
+    joined = [residual.conv1.in_channels for level in model.up for residual, _ in level["blocks"]]
+    assert joined == [256 + 256, 256 + 256, 256 + 128, 256 + 128, 128 + 128, 128 + 64, 128 + 64, 64 + 64, 64 + 64]
+
+
+def test_each_skip_reaches_the_output():
+    model = randomise(UNet(UNetConfig(**SMALL)))
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([3])
+    with torch.no_grad():
+        reference = model(x, t)
+        for level in model.up:
+            for residual, _ in level["blocks"]:
+                weight = residual.conv1.weight.data.clone()
+                residual.conv1.weight.data[:, weight.shape[1] // 2 :] = 0
+                assert not torch.allclose(model(x, t), reference)
+                residual.conv1.weight.data.copy_(weight)
+
+
+def test_images_of_a_batch_do_not_see_each_other_but_their_own_timestep():
+    model = randomise(UNet(UNetConfig(**SMALL, attention_levels=(1,))))
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 10, 900])
+    together = model(x, t)
+    for i in range(3):
+        assert torch.allclose(model(x[i : i + 1], t[i : i + 1]), together[i : i + 1], atol=1e-5)
+    assert not torch.allclose(model(x, t.flip(0)), together, atol=1e-3)
+
+
+def test_attention_sees_all_pixels_and_no_order():
+    attention = randomise(Attention(8, UNetConfig(**SMALL, head_channels=4)))
+    x = torch.randn(1, 8, 4, 4)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    shuffle = lambda h: h.flatten(2)[:, :, order].reshape(h.shape)  # noqa: E731
+    assert torch.allclose(attention(shuffle(x)), shuffle(attention(x)), atol=1e-5)
+
+
+def test_time_embedding_values_and_options():
+    t = torch.tensor([0, 7])
+    embedding = timestep_embedding(t, 4, flip_sin_to_cos=False, freq_shift=1)  # frequencies 1 and 1e-4
+    assert embedding[1].tolist() == pytest.approx([math.sin(7), math.sin(7e-4), math.cos(7), math.cos(7e-4)], abs=1e-6)
+    embedding_2 = timestep_embedding(t, 4, flip_sin_to_cos=True, freq_shift=0)  # frequencies 1 and 1e-2
+    assert embedding_2[1].tolist() == pytest.approx([math.cos(7), math.cos(0.07), math.sin(7), math.sin(0.07)], abs=1e-6)
+    assert torch.equal(embedding[0], torch.tensor([0.0, 0, 1, 1]))
+
+
+def test_downsampling_padding_decides_where_the_picture_ends():
+    symmetric, corner = Downsample(1, padding=1), Downsample(1, padding=0)
+    for layer in (symmetric, corner):
+        torch.nn.init.ones_(layer.conv.weight)
+        torch.nn.init.zeros_(layer.conv.bias)
+    ones = torch.ones(1, 1, 4, 4)
+    assert torch.equal(symmetric(ones)[0, 0], torch.tensor([[4.0, 6], [6, 9]]))
+    assert torch.equal(corner(ones)[0, 0], torch.tensor([[9.0, 6], [6, 4]]))
+
+
+def test_an_untrained_network_predicts_zero():
+    assert UNet(UNetConfig(**SMALL))(torch.randn(2, 1, 8, 8), torch.tensor([1, 2])).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(channels=()), "channels"),
+        (dict(channels=(8, -16)), "channels"),
+        (dict(channels=(8, 10**9)), "channels"),
+        (dict(channels=(8, 18)), "norm_groups"),
+        (dict(attention_levels=(2,)), "attention_levels"),
+        (dict(head_channels=5), "head_channels"),
+        (dict(image_size=7), "image_size"),
+        (dict(channels=(9, 9), norm_groups=3), "even"),
+    ],
+)
+def test_impossible_configs_are_refused(options, word):
+    with pytest.raises(ValueError, match=word):
+        UNetConfig(**{**SMALL, "attention_levels": (1,), **options})

@@ -1,0 +1,186 @@
+import math
+
+import pytest
+import torch
+from conftest import randomise
+
+from minisiss import losses, unlearning
+from minisiss.cli import Diverged
+from minisiss.data import TrainingSet
+from minisiss.losses import Term, Terms
+from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet, UNetConfig
+from minisiss.unlearning import METHODS, Method, Settings, draw_batch
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+class TwoParameters(torch.nn.Module):
+    """ε_θ(m, t) = p m + q, whose gradients fit on a line."""
+
+    def __init__(self, p=0.3, q=-0.2):
+        super().__init__()
+        self.p, self.q = torch.nn.Parameter(torch.tensor(p)), torch.nn.Parameter(torch.tensor(q))
+
+    def forward(self, m, timesteps):
+        return self.p * m + self.q
+
+    def gradient(self, term):
+        """d/dp, d/dq of mean over images of weight · mean over pixels of (target − p m − q)²."""
+        error = self.p.detach() * term.noisy + self.q.detach() - term.target
+        weighted = 2 * term.weight[:, None, None, None] * error / error[0].numel() / len(error)
+        return [(weighted * term.noisy).sum().item(), weighted.sum().item()]
+
+
+def batch(seed=0, size=6, x_from="all"):
+    images = torch.randint(0, 256, (12, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return draw_batch(TrainingSet(images, 3), size, SCHEDULE, torch.Generator().manual_seed(seed), x_from)
+
+
+def step(method, settings, seed=0, **options):
+    """One SGD step at rate 1 on the two-parameter model: the gradients by hand, what was stepped along, the figures."""
+    model = TwoParameters()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    kwargs = {name: getattr(settings, name) for name in METHODS[method].settings}
+    terms = METHODS[method].loss(model, batch(seed), SCHEDULE, **kwargs)
+    keep, forget = (model.gradient(term) if term else None for term in (terms.keep, terms.forget))
+    old = [p.item() for p in model.parameters()]
+    figures = unlearning.step(METHODS[method], terms, optimizer, settings, max_norm=1e9, **options)
+    return keep, forget, [before - p.item() for before, p in zip(old, model.parameters(), strict=True)], figures
+
+
+def combine(keep, forget, c):
+    return pytest.approx([k - c * f for k, f in zip(keep, forget, strict=True)], rel=1e-4, abs=1e-6)
+
+
+def length(g):
+    return math.hypot(*g)
+
+
+@pytest.mark.parametrize("method", ["siss", "siss_no_is"])
+@pytest.mark.parametrize("rho", [0.0, 0.1, 2.0])
+def test_the_norm_rule_subtracts_a_fraction_of_the_kept_norm(method, rho):
+    keep, forget, moved, figures = step(method, Settings(grad_ratio=rho))
+    c = rho * length(keep) / length(forget)
+    assert moved == combine(keep, forget, c)
+    assert figures["c"].item() == pytest.approx(c, rel=1e-4)
+    # ‖c · g_forget‖ = ρ ‖g_keep‖
+    assert figures["c"].item() * length(forget) == pytest.approx(rho * length(keep), rel=1e-4)
+    assert figures["norm_keep"].item() == pytest.approx(length(keep), rel=1e-4)
+    assert figures["norm_forget"].item() == pytest.approx(length(forget), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["siss", "siss_no_is"])
+@pytest.mark.parametrize("s", [0.0, 5.0])
+def test_the_superfactor_subtracts_1_plus_s_times(method, s):
+    keep, forget, moved, _ = step(method, Settings(superfactor=s))
+    assert moved == combine(keep, forget, 1 + s)
+
+
+def test_naive_deletion_descends_and_neggrad_ascends():
+    keep, forget, moved, _ = step("naive_deletion", Settings())
+    assert forget is None and moved == pytest.approx(keep, rel=1e-4)
+    keep, forget, moved, _ = step("neggrad", Settings())
+    assert keep is None and moved == pytest.approx([-f for f in forget], rel=1e-4)
+
+
+def test_erasediff_descends_on_both_terms_on_one_side_of_its_switch_and_on_the_kept_one_on_the_other():
+    sides = set()
+    for eta in (0.0, 0.1, 1e3):
+        for seed in range(6):
+            keep, forget, moved, _ = step("erasediff", Settings(erasediff_eta=eta), seed)
+            agreement = (keep[0] * forget[0] + keep[1] * forget[1]) / length(forget) ** 2
+            assert moved == combine(keep, forget, -max(eta - agreement, 0.0))
+            sides.add(eta > agreement)
+    assert sides == {True, False}
+
+
+def test_gradients_are_clipped_after_they_are_combined():
+    model = TwoParameters(p=50.0)
+    terms = losses.siss(model, batch(), SCHEDULE)
+    old = [p.item() for p in model.parameters()]
+    figures = unlearning.step(METHODS["siss"], terms, torch.optim.SGD(model.parameters(), lr=1.0), Settings(), max_norm=1.0)
+    assert figures["norm"] > 1
+    assert length([before - p.item() for before, p in zip(old, model.parameters(), strict=True)]) == pytest.approx(1, rel=1e-4)
+
+
+def test_a_batch_in_which_nothing_is_to_be_forgotten_only_descends():
+    model = TwoParameters()
+    terms = losses.siss(model, batch(), SCHEDULE)
+    nothing = Term(model, terms.forget.noisy, terms.forget.timesteps, terms.forget.target, torch.zeros(6))
+    figures = unlearning.step(METHODS["siss"], Terms(terms.keep, nothing), torch.optim.SGD(model.parameters(), lr=1.0), Settings())
+    assert figures["norm"].item() == pytest.approx(figures["norm_keep"].item()) and figures["norm_forget"] == 0
+
+
+@pytest.mark.parametrize("broken", ["keep", "forget"])
+def test_a_loss_that_is_no_number_stops_before_the_parameters_change(broken):
+    model = TwoParameters()
+    terms = losses.siss(model, batch(), SCHEDULE)
+    getattr(terms, broken).target[1] = float("nan")
+    with pytest.raises(Diverged, match=f"loss_{broken} is nan"):
+        unlearning.step(METHODS["siss"], terms, torch.optim.SGD(model.parameters(), lr=1.0), Settings())
+    assert model.p.item() == pytest.approx(0.3) and model.q.item() == pytest.approx(-0.2)
+
+
+def literal_step(model, terms):
+    """The paper's code: one forward pass over the whole batch, two backward passes over its retained graph."""
+    parameters = list(model.parameters())
+    error = (model(terms.keep.noisy, terms.keep.timesteps) - torch.stack([terms.keep.target, terms.forget.target])).square()
+    loss_keep, loss_forget = (torch.stack([terms.keep.weight, terms.forget.weight]) * error.flatten(2).mean(2)).mean(1)
+    return torch.autograd.grad(loss_keep, parameters, retain_graph=True), torch.autograd.grad(loss_forget, parameters)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("config", [dict(image_size=28), dict(image_size=256, image_channels=3, channels=(4,) * 6, norm_groups=2)], ids=["28", "256"])
+def test_leaving_out_images_of_negligible_weight_changes_no_gradient(lam, config):
+    config = UNetConfig(**{**dict(channels=(8, 16), norm_groups=4, layers_per_block=1, attention_levels=()), **config})
+    model = randomise(UNet(config))
+    images = torch.randint(0, 256, (8, config.image_channels, config.image_size, config.image_size), dtype=torch.uint8)
+    drawn = draw_batch(TrainingSet(images, 1), 4, SCHEDULE, torch.Generator().manual_seed(0))
+    terms = losses.siss(model, drawn, SCHEDULE, lam)
+    for term, literal in zip((terms.keep, terms.forget), literal_step(model, terms), strict=True):
+        # In two parts of two images as well as at once: accumulation is the same sum.
+        for micro_batch in (None, 2):
+            _, ours = unlearning.gradient(term, list(model.parameters()), micro_batch)
+            scale = unlearning.norm(list(literal))
+            assert unlearning.norm([a - b for a, b in zip(ours, literal, strict=True)]) <= 1e-5 * scale
+
+
+def test_the_figures_count_effective_images_and_those_that_matter_to_both_terms():
+    assert unlearning.effective_sample_size(torch.tensor([1.0, 1, 0, 0])) == 2
+    assert unlearning.effective_sample_size(torch.tensor([3.0, 1e-6])).item() == pytest.approx(1, rel=1e-4)
+    assert unlearning.effective_sample_size(torch.zeros(3)) == 0
+    figures = step("siss", Settings())[3]
+    assert set(figures) == {"loss_keep", "norm_keep", "ess_keep", "loss_forget", "norm_forget", "ess_forget", "overlap", "c", "norm"}
+    terms = losses.siss(TwoParameters(), batch(), SCHEDULE)
+    assert figures["overlap"].item() == ((terms.keep.weight > 1e-8) & (terms.forget.weight > 1e-8)).float().mean().item()
+
+
+def test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set():
+    # Pixel values tell the sets apart: 0 … 7 are X∖A, 8 and 9 are A.
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
+    data = TrainingSet(images, 2)
+    seen = {}
+    for x_from in ("all", "rest"):
+        drawn = draw_batch(data, 400, SCHEDULE, torch.Generator().manual_seed(0), x_from)
+        assert (drawn.n, drawn.k) == (10, 2)
+        value = lambda z: set(((z[:, 0, 0, 0] + 1) * 127.5).round().int().tolist())  # noqa: E731
+        seen[x_from] = value(drawn.x)
+        assert value(drawn.a) == {8, 9}
+        assert drawn.timesteps.min() < 10 and drawn.timesteps.max() > 990
+        assert 0 <= drawn.pick.min() and drawn.pick.max() < 1
+    assert seen == {"all": set(range(10)), "rest": set(range(8))}
+
+
+def test_a_loss_of_ones_own_is_one_function_and_one_line():
+    # The README's example.
+    def siss_fixed_noise_level(model, batch, schedule, lam=0.5):
+        batch.timesteps.fill_(500)
+        return losses.siss(model, batch, schedule, lam)
+
+    METHODS["mine"] = Method(siss_fixed_noise_level, settings=("lam",))
+    try:
+        _, _, moved, figures = step("mine", Settings())
+        assert all(moved) and "c" in figures
+    finally:
+        del METHODS["mine"]
