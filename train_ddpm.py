@@ -94,12 +94,14 @@ def main() -> int:
     metrics = runs.Metrics(out, start)
     began = time.perf_counter() - seconds
 
-    def save(step: int) -> None:
+    def save(step: int) -> int:
         seconds = time.perf_counter() - began
         made_by = {"script": "train_ddpm.py", "settings": vars(args), "steps": step, "seconds": seconds}
         training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
         checkpoint.save(out / "model.pt", model, schedule, made_by, averaged.state_dict(), training)
+        return step
 
+    saved = save(start)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", unit="step")
     with runs.Stop() as stop:
         for step in bar:
@@ -116,7 +118,7 @@ def main() -> int:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not torch.isfinite(norm):
-                raise Diverged(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}; {out / 'model.pt'} is the last good checkpoint, if one was due")
+                raise Diverged(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}; {out / 'model.pt'} holds step {saved}, the last good one")
             optimizer.step()
             # A young average forgets faster, or it would carry the untrained weights for long.
             decay = min(args.ema, (1 + step) / (10 + step))
@@ -128,7 +130,7 @@ def main() -> int:
                 bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} images/s")
                 metrics.write(step=done, loss=loss.item(), gradient_norm=norm.item(), lr=learning_rate(step, args), seconds=time.perf_counter() - began)
             if done % args.save_every == 0 or done == args.steps or stop.signal:
-                save(done)
+                saved = save(done)
             if done % args.sample_every == 0 or done == args.steps:
                 generator = torch.Generator(device).manual_seed(args.seed)
                 pictures = sample(predict_averaged, schedule, (64, *images.shape[1:]), generator=generator)

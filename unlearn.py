@@ -4,6 +4,7 @@
     python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff
 """
 
+import math
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -27,7 +28,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--draw-x", choices=["all", "rest"], help="where x is drawn from: all is X, rest is X∖A (default: all for SISS, as in the theory)")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive_int, help="images a step")
-    parser.add_argument("--micro-batch", type=positive_int, help="images at a time through the network: less memory, the same step")
+    parser.add_argument("--accumulate", type=positive_int, default=1, help="parts in which a batch goes through the network: less memory, the same step")
     parser.add_argument("--lr", type=positive, help="learning rate of AdamW")
     parser.add_argument("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
     parser.add_argument("--save-every", type=positive_int, default=50, help="steps between checkpoints")
@@ -46,7 +47,7 @@ def main() -> int:
     from minisiss import checkpoint, metrics, runs, unlearning
     from minisiss.data import mnist_with_tshirt, step_generator, to_float
     from minisiss.device import at_precision, pick_device
-    from minisiss.pictures import save_rows
+    from minisiss.pictures import save_before_after, save_memory
     from minisiss.sampling import sample_batches
 
     if args.method not in unlearning.METHODS:
@@ -92,10 +93,13 @@ def main() -> int:
         start, seconds = state["step"], state["seconds"]
     log = runs.Metrics(out, start)
 
-    def save(step: int) -> None:
+    def save(step: int) -> int:
         made_by = {"script": "unlearn.py", "settings": vars(args), "steps": step, "seconds": seconds, "base": base.made_by}
         training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
         checkpoint.save(out / "model.pt", model, schedule, made_by, training=training)
+        return step
+
+    saved = save(start)
 
     middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
     remembered = metrics.similarity(memory_before[middle][1], tshirt).mean().item()
@@ -106,9 +110,9 @@ def main() -> int:
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x or method.x_from)
             terms = method.loss(predict, batch, schedule, **loss_settings)
             try:
-                figures = unlearning.step(method, terms, optimizer, settings, micro_batch=args.micro_batch)
+                figures = unlearning.step(method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate))
             except Diverged as error:
-                raise Diverged(f"step {step + 1}: {error}; the last good checkpoint, if one was due, is {out / 'model.pt'}") from error
+                raise Diverged(f"step {step + 1}: {error}; {out / 'model.pt'} holds step {saved}, the last good one") from error
             seconds += time.perf_counter() - began
 
             done = step + 1
@@ -121,64 +125,30 @@ def main() -> int:
                 remembered = metrics.similarity(recall(middle)[1], tshirt).mean().item()
                 log.write(step=done, seconds=seconds, memory=remembered, memory_timestep=middle)
             if done % args.save_every == 0 or last:
-                save(done)
+                saved = save(done)
             if stop.signal:
                 print(f"stopped at step {done}; continue with: python unlearn.py --resume {out}")
                 return stop.status
 
     after, memory_after = draw_samples("after"), {t: recall(t) for t in args.memory_timesteps}
 
-    # The table: each line is a name, its value before and its value after.
-    table = []
+    print(f"\n{'':50}{'before':>14}{'after':>14}")
     if args.samples:
-        rates = [metrics.is_copy(images, tshirt).float().mean().item() for images in (before, after)]
-        table.append((f"T-shirts among {args.samples:,} samples", *(f"{rate:.2%}" for rate in rates)))
-        log.write(step=args.steps, seconds=seconds, samples=args.samples, tshirt_rate_before=rates[0], tshirt_rate=rates[1])
+        rate_before, rate_after = (metrics.is_copy(images, tshirt).float().mean().item() for images in (before, after))
+        print(f"{f'T-shirts among {args.samples:,} samples':50}{rate_before:>14.2%}{rate_after:>14.2%}")
+        log.write(step=args.steps, seconds=seconds, samples=args.samples, tshirt_rate_before=rate_before, tshirt_rate=rate_after)
     for t in args.memory_timesteps:
-        denoised = memory_before[t][1], memory_after[t][1]
-        table.append((f"T-shirt noised to t = {t}, denoised: similarity", *(f"{metrics.similarity(images, tshirt).mean():.3f}" for images in denoised)))
-        table.append((f"{'comes back as the T-shirt':>{len(table[-1][0])}}", *(f"{metrics.is_copy(images, tshirt).float().mean():.0%}" for images in denoised)))
-    print(f"\n{'':50}{'before':>10}{'after':>10}")
-    for name, *values in table:
-        print(f"{name:50}" + "".join(f"{value:>10}" for value in values))
-    print(f"{'seconds of unlearning':50}{'':10}{seconds:>10.1f}\n")
+        print(f"{f'T-shirt noised to t = {t} comes back (similarity)':50}", end="")
+        for _, denoised in (memory_before[t], memory_after[t]):
+            back, alike = metrics.is_copy(denoised, tshirt).float().mean(), metrics.similarity(denoised, tshirt).mean()
+            print(f"{f'{back:.0%} ({alike:.2f})':>14}", end="")
+        print()
+    print(f"{'seconds of unlearning':50}{'':14}{seconds:>14.1f}\n")
 
     save_before_after(out / "before_after.png", before, after, metrics.is_copy(before, tshirt))
     save_memory(out / "memory.png", tshirt, memory_before, memory_after)
     print(f"Look at {out / 'before_after.png'} and {out / 'memory.png'}; next: python eval.py --checkpoint {out / 'model.pt'}")
     return 0
-
-
-def save_before_after(path: Path, before: "Tensor", after: "Tensor", tshirts: "Tensor") -> None:
-    """The samples that were T-shirts, and ordinary ones, each above what the same noise gives after unlearning."""
-    from minisiss.pictures import save_rows
-
-    columns = 12
-    rows: list = []
-    if tshirts.any():
-        rows += ["Samples that were the T-shirt, and what the same noise gives after unlearning"]
-        rows += [("before", before[tshirts][:columns]), ("after", after[tshirts][:columns])]
-    if not tshirts.all():
-        rows += ["Ordinary samples, and what the same noise gives after unlearning"]
-        for begin in range(0, min(3 * columns, int((~tshirts).sum())), columns):
-            rows += [("before", before[~tshirts][begin : begin + columns]), ("after", after[~tshirts][begin : begin + columns])]
-    if rows:
-        save_rows(path, rows)
-
-
-def save_memory(path: Path, tshirt: "Tensor", before: dict, after: dict, draws: int = 3) -> None:
-    """One column a timestep: the T-shirt noised to it, then denoised before and after unlearning."""
-    import torch
-
-    from minisiss.pictures import save_rows
-
-    rows: list = ["The T-shirt, noised to a timestep and denoised again", [f"t = {t}" for t in before], ("T-shirt", tshirt.expand(len(before), -1, -1, -1))]
-    for draw in range(min(draws, len(next(iter(before.values()))[0]))):
-        noisy, denoised_before, denoised_after = (
-            torch.stack([memories[t][part][draw] for t in before]) for memories, part in ((before, 0), (before, 1), (after, 1))
-        )
-        rows += ["", ("noised", noisy), ("before", denoised_before), ("after", denoised_after)]
-    save_rows(path, rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A preset names an experiment. Every value is a flag of train_ddpm.py ("unet", "train") or unlearn.py ("unlearn").
+# A preset names an experiment. Every value is the default of a flag of train_ddpm.py ("unet", "train") or of unlearn.py
+# ("unlearn", and "unlearn METHOD" where a method needs other values).
 PRESETS: dict[str, dict[str, dict]] = {
     # Small enough to train on two CPU cores in about an hour; the bundled model.
     "mnist-small": {
@@ -54,6 +55,9 @@ def run(script: Callable[[], int | None]) -> None:
     except (UserError, Diverged) as error:
         print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def read_config(directory: str) -> dict[str, Any]:
@@ -88,9 +92,11 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: None = None, namespace: None = None) -> argparse.Namespace:
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--preset", nargs="?", default=self.get_default("preset"))
-        preset = PRESETS.get(early.parse_known_args()[0].preset)  # an unknown name is reported by the real parse
-        for part in self.preset_parts if preset else ():
-            self.set_defaults(**preset[part])
+        early.add_argument("--method", nargs="?", default=self.get_default("method"))
+        chosen = early.parse_known_args()[0]
+        preset = PRESETS.get(chosen.preset, {})  # an unknown name is reported by the real parse
+        for part in (*self.preset_parts, f"unlearn {chosen.method}"):
+            self.set_defaults(**preset.get(part, {}))
         return super().parse_args()
 
     def add_machine(self) -> None:
@@ -123,7 +129,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 

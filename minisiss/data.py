@@ -1,6 +1,7 @@
 """Training sets held in memory, X = keep ∪ forget, and the random draws made from them."""
 
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +63,19 @@ def mnist_with_tshirt(root: str) -> TrainingSet:
 
 
 def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
-    """The training half of a torchvision data set, downloaded if `root` lacks it."""
+    """The training half of a torchvision data set, downloaded if `root` lacks it. Raises UserError if that fails."""
+    name = dataset.__name__
+    raw = Path(root) / name / "raw"
+    missing = [folder for folder in (raw, raw.parent, Path(root)) if not folder.exists()]
     try:
         return dataset(root, train=True, download=True)
     except (OSError, RuntimeError, ValueError) as error:
-        name = dataset.__name__
+        for folder in missing:  # torchvision makes them before it downloads
+            with suppress(OSError):
+                folder.rmdir()
         raise UserError(
             f"--data-root {root}: no readable {name}/raw there, and downloading it failed ({error}); "
-            f"put the four {name} IDX files in {Path(root) / name / 'raw'}, or use --data-root {BUNDLED}"
+            f"put the four {name} IDX files in {raw}, or use --data-root {BUNDLED}"
         ) from error
 
 

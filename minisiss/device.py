@@ -30,7 +30,8 @@ def at_precision(model: nn.Module, device: torch.device, precision: str) -> Mode
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and not in every torch ≥ 2.4
+            native = any(getattr(torch.cpu, check, bool)() for check in checks)
         precision = "bf16" if native else "fp32"
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisiss.data import step_generator
 from minisiss.sampling import denoise_from
 from minisiss.schedule import Model, NoiseSchedule
 
@@ -42,7 +43,7 @@ def memory(
     original: [1, C, H, W] in [−1, 1]. Returns the noisy and the denoised images, [draws, C, H, W] each; the noise is a
     function of the seed and the timestep, so that two models can be compared on the same draws.
     """
-    generator = torch.Generator(original.device).manual_seed(1000 * seed + timestep)
+    generator = step_generator(seed, timestep, original.device)
     originals = original.expand(draws, -1, -1, -1)
     noise = torch.randn(originals.shape, generator=generator, device=original.device)
     noisy = schedule.add_noise(originals, noise, torch.full((draws,), timestep, device=original.device))

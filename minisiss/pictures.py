@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -10,6 +11,33 @@ from torch import Tensor
 GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for the word beside a row, for a line of text
 
 Row = str | list[str] | tuple[str, Tensor]  # a line of text, a heading for each column, or a label and its images
+Memories = dict[int, tuple[Tensor, Tensor]]  # of each timestep, the noised and the denoised images of `metrics.memory`
+
+
+def save_before_after(path: Path, before: Tensor, after: Tensor, tshirts: Tensor) -> None:
+    """The samples that were T-shirts, and ordinary ones, each above what the same noise gives after unlearning."""
+    columns = 12
+    rows: list[Row] = []
+    if tshirts.any():
+        rows += ["Samples that were the T-shirt, and what the same noise gives after unlearning"]
+        rows += [("before", before[tshirts][:columns]), ("after", after[tshirts][:columns])]
+    if not tshirts.all():
+        rows += ["Ordinary samples, and what the same noise gives after unlearning"]
+        for begin in range(0, min(3 * columns, int((~tshirts).sum())), columns):
+            rows += [("before", before[~tshirts][begin : begin + columns]), ("after", after[~tshirts][begin : begin + columns])]
+    if rows:
+        save_rows(path, rows)
+
+
+def save_memory(path: Path, tshirt: Tensor, before: Memories, after: Memories, draws: int = 3) -> None:
+    """One column a timestep: the T-shirt noised to it, then denoised before and after unlearning."""
+    rows: list[Row] = ["The T-shirt, noised to a timestep and denoised again", [f"t = {t}" for t in before], ("T-shirt", tshirt.expand(len(before), -1, -1, -1))]
+    for draw in range(min(draws, len(next(iter(before.values()))[0]))):
+        noisy, denoised_before, denoised_after = (
+            torch.stack([memories[t][part][draw] for t in before]) for memories, part in ((before, 0), (before, 1), (after, 1))
+        )
+        rows += ["", ("noised", noisy), ("before", denoised_before), ("after", denoised_after)]
+    save_rows(path, rows)
 
 
 def save_rows(path: Path, rows: list[Row], scale: int = 3) -> None:

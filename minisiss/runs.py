@@ -46,8 +46,8 @@ class Metrics:
 
     def __init__(self, directory: Path, start: int = 0) -> None:
         self.path = directory / "metrics.jsonl"
-        if start:
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
             self.path.write_text("".join(kept))
 
