@@ -80,9 +80,7 @@ def main() -> int:
 
     if args.resume:
         out = Path(args.resume)
-        state = checkpoint.load(out / "model.pt", device).training
-        if not state:
-            raise UserError(f"{out / 'model.pt'}: cannot be continued, it holds no optimizer state")
+        state = checkpoint.load_training(out / "model.pt", device)
         model.load_state_dict(state["weights"])
         averaged.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])

@@ -87,7 +87,7 @@ def main() -> int:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     start, seconds = 0, 0.0
     if args.resume:
-        state = checkpoint.load(out / "model.pt", device).training
+        state = checkpoint.load_training(out / "model.pt", device)
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
@@ -102,7 +102,7 @@ def main() -> int:
     saved = save(start)
 
     middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
-    remembered = metrics.similarity(memory_before[middle][1], tshirt).mean().item()
+    remembered, warned = metrics.similarity(memory_before[middle][1], tshirt).mean().item(), False
     with runs.Stop() as stop, tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method, unit="step") as bar:
         for step in bar:
             began = time.perf_counter()
@@ -121,6 +121,10 @@ def main() -> int:
                 figures = {name: value.item() for name, value in figures.items()}
                 bar.set_postfix({"memory": f"{remembered:.2f}", **{name: f"{figures[name]:.3g}" for name in ("ess_keep", "ess_forget", "c") if name in figures}})
                 log.write(step=done, seconds=seconds, **figures)
+                few = [name for name in ("ess_keep", "ess_forget") if figures.get(name, 2) < 2]
+                if few and not warned:
+                    bar.write(f"warning: step {done}: {few[0]} is {figures[few[0]]:.1f}, a batch in which hardly one image counts; try --lam 0.5 or a larger --batch-size")
+                    warned = True
             if done % args.evaluate_every == 0 or last:
                 remembered = metrics.similarity(recall(middle)[1], tshirt).mean().item()
                 log.write(step=done, seconds=seconds, memory=remembered, memory_timestep=middle)

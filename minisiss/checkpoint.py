@@ -1,6 +1,7 @@
 """Checkpoints: one file with the network, its schedule and what made it; and published models (`load_pretrained`)."""
 
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,12 @@ def save(
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint. Raises UserError, naming the file, for anything that is not a whole checkpoint of ours."""
     try:
-        with warnings.catch_warnings():  # torch warns on its way to an error of its own; one line is enough
-            warnings.simplefilter("ignore")
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            # Records as torch writes them, uncompressed, so that none claims more memory than the file has bytes; and as
+            # they were written, by their checksums.
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()) or archive.testzip():
+                raise ValueError("damaged")
+            warnings.simplefilter("ignore")  # torch warns on its way to an error of its own; one line is enough
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
@@ -67,12 +72,22 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         schedule = NoiseSchedule(**state["schedule"])
         if len({value.shape for value in vars(schedule).values()}) != 1 or not all(0 < v.min() and v.max() < 1 for v in vars(schedule).values()):
             raise ValueError("the schedule's values should be four rows of equal length between 0 and 1")
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("some of its weights are not finite")
         made_by, training = state["made_by"], state["training"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: the checkpoint does not fit together: {str(error).splitlines()[0]}") from error
     if training:
         training["weights"], training["ema"] = state["weights"], state["ema"]
     return Checkpoint(model.to(device), schedule.to(device), made_by, training)
+
+
+def load_training(path: Path | str, device: torch.device | str) -> dict[str, Any]:
+    """What --resume needs of a checkpoint: weights, ema, optimizer, step, seconds. Raises UserError if it is not there."""
+    training = load(path, device).training
+    if not {"weights", "ema", "optimizer", "step", "seconds"} <= training.keys():
+        raise UserError(f"{path}: cannot be continued, it holds no optimizer state")
+    return training
 
 
 def load_matching(path: str, image_shape: torch.Size, timesteps: list[int], device: torch.device) -> Checkpoint:

@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_sampling(self) -> None:
         self.add_argument("--samples", type=number(int, 0, 10**7), default=1024, help="samples for the T-shirt rate")
-        self.add_argument("--sampling-steps", type=positive_int, default=50, help="network calls for one sample")
+        self.add_argument("--sampling-steps", type=positive_int, default=25, help="network calls for one sample")
         self.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="0: deterministic DDIM; 1: ancestral DDPM sampling")
         self.add_argument("--draws", type=positive_int, default=32, help="draws for the memory of the forget image, a timestep")
         self.add_argument("--memory-timesteps", type=number(int, 0), nargs="+", default=[300, 400, 500, 600, 700], help="timesteps the forget image is noised to")

@@ -1,5 +1,6 @@
 """A run's directory: config.json, metrics.jsonl, model.pt, pictures; and stopping a run without losing it."""
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -12,28 +13,19 @@ from minisiss.files import write_atomically
 def new_directory(out: str | None, name: str) -> Path:
     """Create the directory of a new run: `out`, or the first free of runs/name-1, runs/name-2, …
 
-    Raises UserError if `out` exists and is not empty.
+    mkdir is the lock: of two runs that start together, one gets a directory and the other the next, or an error.
+    Raises UserError if `out` exists.
     """
-    if out is not None:
-        path = Path(out)
+    for number in itertools.count(1):
+        path = Path(out) if out is not None else Path("runs") / f"{name}-{number}"
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise UserError(f"--out {out}: already holds a run or other files; name a new directory")
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made a directory ({error.strerror})") from error
-        return path
-    number = 1
-    while True:
-        path = Path("runs") / f"{name}-{number}"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            path.mkdir()  # exclusive: of two runs starting together one gets the next number
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
             return path
-        except FileExistsError:
-            number += 1
         except OSError as error:
-            raise UserError(f"{path}: cannot be made a directory ({error.strerror}); choose one with --out") from error
+            if isinstance(error, FileExistsError) and out is None and path.is_dir():
+                continue
+            raise UserError(f"--out {path}: no new directory can be made there ({error.strerror})") from error
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

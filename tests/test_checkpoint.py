@@ -38,7 +38,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tiny_unet, tmp_p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(UserError, match="model.pt.*No space left"):
         checkpoint.save(path, tiny_unet, SCHEDULE, {"steps": 2})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
@@ -74,6 +74,10 @@ def corrupt(name, whole, path):
     elif name == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a.txt", "b")
+    elif name == "bomb":  # a few bytes that unpack to many
+        with zipfile.ZipFile(whole) as good, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for record in good.namelist():
+                archive.writestr(record, bytes(10**7) if record.endswith("/data/0") else good.read(record))
     elif name == "pickle":
         path.write_bytes(pickle.dumps(Exploit()))
     elif name == "exploit":
@@ -85,6 +89,7 @@ def corrupt(name, whole, path):
             "wrong shape": {"weights": {**state["weights"], "conv_in.bias": torch.zeros(99)}},
             "unknown config": {"config": {**state["config"], "depth": 3}},
             "negative channels": {"config": {**state["config"], "channels": (8, -16)}},
+            "weights not finite": {"weights": {**state["weights"], "conv_in.bias": torch.full((8,), float("nan"))}},
             "no schedule": {"schedule": None},
             "half a schedule": {"schedule": {**state["schedule"], "gamma": torch.zeros(3)}},
         }
@@ -94,7 +99,7 @@ def corrupt(name, whole, path):
 BROKEN = [
     "missing", "truncated", "empty", "text", "foreign", "tensor", "zip", "pickle", "exploit", "key missing",
     "key left over", "wrong shape", "unknown config", "negative channels", "no schedule",
-    "half a schedule",
+    "half a schedule", "weights not finite", "bomb",
 ]  # fmt: skip
 
 
@@ -105,3 +110,20 @@ def test_a_file_that_is_no_whole_checkpoint_is_refused_by_name(name, tiny_checkp
     with pytest.raises(UserError, match="bad.pt"):
         checkpoint.load(path)
     assert not os.path.exists("/tmp/minisiss-was-exploited")
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tiny_unet, tiny_checkpoint, tmp_path):
+    whole, path = tiny_checkpoint.read_bytes(), tmp_path / "flipped.pt"
+    refused = 0
+    for place in torch.randint(8 * len(whole), (60,), generator=torch.Generator().manual_seed(0)).tolist():
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            weights = checkpoint.load(path).model.state_dict()
+        except UserError as error:
+            assert "flipped.pt" in str(error)
+            refused += 1
+        else:  # in the padding between the records
+            assert all(torch.equal(weights[name], value) for name, value in tiny_unet.state_dict().items())
+    assert refused > 30

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from minisiss import checkpoint, data
+from minisiss import checkpoint, data, losses, unlearning
 
 TINY_TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
 TINY_UNLEARN = ("--preset", "mnist-tiny")
@@ -62,6 +63,18 @@ def test_every_method_unlearns_in_its_own_directory(method, script, tiny_checkpo
     assert (status, error) == (0, "")
     assert not same(tmp_path / f"runs/{method}-1/model.pt", tiny_checkpoint)
     assert checkpoint.load(tmp_path / f"runs/{method}-1/model.pt").made_by["settings"]["method"] == method
+
+
+def test_a_loss_of_ones_own_is_the_readmes_function_and_line(script, tiny_checkpoint, tmp_path, monkeypatch):
+    example = re.search("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    function, row = example.split("# minisiss/unlearning.py, in METHODS\n")
+    exec(function, vars(losses))
+    (name, method), = eval(f"{{{row}}}", vars(unlearning)).items()
+    monkeypatch.setitem(unlearning.METHODS, name, method)
+    status, _, _ = script("unlearn", *TINY_UNLEARN, "--method", name, "--checkpoint", tiny_checkpoint)
+    assert status == 0
+    assert not same(tmp_path / f"runs/{name}-1/model.pt", tiny_checkpoint)
+    del losses.mine
 
 
 def test_the_pictures_have_a_row_for_each_thing_they_compare(script, tiny_checkpoint, tmp_path):
@@ -147,13 +160,10 @@ def test_a_resumed_run_keeps_its_settings(script, tmp_path):
 
 @pytest.mark.parametrize("name", ["train_ddpm", "unlearn"])
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(name, script, tiny_checkpoint, tmp_path, monkeypatch):
-    from minisiss import losses, unlearning
-
     call, squared_error = iter(range(10**6)), losses.squared_error
     broken = lambda *arguments: squared_error(*arguments) * (float("nan") if next(call) >= 7 else 1)  # noqa: E731
     monkeypatch.setattr(losses, "squared_error", broken)
     arguments = TINY_TRAIN if name == "train_ddpm" else (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--method", "naive_deletion", "--steps", 20)
-    assert unlearning.METHODS  # the step that is run is the real one
     status, _, error = script(name, *arguments, "--save-every", 5, "--out", "a")
     assert status == 1 and "step 8" in error and error.count("\n") == 1 and "nan" in error
     kept = checkpoint.load(tmp_path / "a/model.pt")
@@ -189,8 +199,10 @@ WRONG = [
     ("unlearn", ("--method", "prayer"), ["--method", "prayer", "siss"]),
     ("unlearn", ("--device", "cuda"), ["--device cuda"]),
     ("unlearn", ("--device", "toaster"), ["--device toaster"]),
-    ("unlearn", ("--out", "holds-a-run"), ["holds-a-run", "already holds"]),
-    ("unlearn", ("--out", "foreign.pt"), ["foreign.pt"]),
+    ("unlearn", ("--out", "holds-a-run"), ["holds-a-run", "File exists"]),
+    ("unlearn", ("--out", "foreign.pt"), ["foreign.pt", "File exists"]),
+    ("unlearn", ("--out", "foreign.pt/run"), ["foreign.pt/run"]),
+    ("unlearn", ("--out", ""), ["--out"]),
     ("unlearn", ("--memory-timesteps", "1000"), ["--memory-timesteps", "999"]),
     ("unlearn", ("--resume", "nowhere"), ["nowhere", "holds no run"]),
     ("unlearn", ("--no-such-flag",), ["--no-such-flag"]),

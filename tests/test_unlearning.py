@@ -10,7 +10,7 @@ from minisiss.data import TrainingSet
 from minisiss.losses import Term, Terms
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
-from minisiss.unlearning import METHODS, Method, Settings, draw_batch
+from minisiss.unlearning import METHODS, Settings, draw_batch
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -170,17 +170,3 @@ def test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set():
         assert drawn.timesteps.min() < 10 and drawn.timesteps.max() > 990
         assert 0 <= drawn.pick.min() and drawn.pick.max() < 1
     assert seen == {"all": set(range(10)), "rest": set(range(8))}
-
-
-def test_a_loss_of_ones_own_is_one_function_and_one_line():
-    # The README's example.
-    def siss_fixed_noise_level(model, batch, schedule, lam=0.5):
-        batch.timesteps.fill_(500)
-        return losses.siss(model, batch, schedule, lam)
-
-    METHODS["mine"] = Method(siss_fixed_noise_level, settings=("lam",))
-    try:
-        _, _, moved, figures = step("mine", Settings())
-        assert all(moved) and "c" in figures
-    finally:
-        del METHODS["mine"]
