@@ -20,7 +20,12 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--sscd", metavar="FILE", help="for RUNs: a copy-detection network, to compare what comes back of the forget image by; a TorchScript file is code, take it only from whom you trust")
     parser.add_argument("--inception", metavar="FILE", help="for RUNs: an Inception network, for the FID of the samples to kept images; likewise a TorchScript file")
     parser.add_argument("--out", help="directory of this evaluation (default: runs/eval-N)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.runs and args.checkpoint != "bundled":
+        parser.error("--checkpoint is for a look at one model, without a RUN")
+    if not args.runs and (args.sscd or args.inception):
+        parser.error("--sscd and --inception are for RUNs; give the directory of one")
+    return args
 
 
 def look(args: Namespace) -> int:

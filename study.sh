@@ -3,13 +3,14 @@
 # seeds, and the comparison.
 #
 #     ./study.sh                  on mnist-small, with the bundled model as the base: hours on two CPU cores
-#     ./study.sh mnist data       on the paper's model, everything from the start, with MNIST in data/: for a GPU
+#     ./study.sh mnist            on the paper's model, everything from the start: for a GPU
+#     ./study.sh mnist ROOT       with MNIST and FashionMNIST in ROOT instead of data/, where they are downloaded to
 #
 # Ctrl-C stops it. Started again, it leaves alone what is finished and goes on with what was stopped.
 set -euo pipefail
 
 preset=${1:-mnist-small}
-root=${2:-bundled}
+root=${2:-data}
 study=runs/study-$preset
 here=$(dirname "$0")
 
@@ -25,8 +26,8 @@ once() { # once SCRIPT DIRECTORY FLAGS…: start the run in this directory, or g
 
 base=bundled
 if [ "$preset" != mnist-small ]; then
-    once train_ddpm.py "$study/pretrained" --preset "$preset" --data-root "$root"
     base=$study/pretrained/model.pt
+    once train_ddpm.py "$study/pretrained" --preset "$preset" --data-root "$root"
 fi
 once train_ddpm.py "$study/retrained" --preset "$preset" --data-root "$root" --exclude-forget
 
@@ -36,5 +37,6 @@ for seed in 0 1 2; do
     done
 done
 
-if [ "$base" = bundled ]; then set -- bundled; else set --; fi
-python "$here/eval.py" "$@" "$study"/*/ --data-root "$root" --samples 4096
+runs=("$study"/*/)
+if [ "$base" = bundled ]; then runs=(bundled "${runs[@]}"); fi
+python "$here/eval.py" "${runs[@]}" --data-root "$root" --samples 4096

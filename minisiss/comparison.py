@@ -68,13 +68,14 @@ def table(groups: Groups, timestep: int) -> str:
         return "—" if mean is None else f"{mean:{form}}" + (f" ± {spread:{form}}" if spread is not None else "")
 
     def tshirt_rate(results: list[Results]) -> str:
-        found, samples = (sum(result[name] for result in results) for name in ("tshirts", "samples"))
-        low, high = wilson_interval(found, samples)
-        return f"{found / samples:.2%} ({low:.2%} to {high:.2%})"
+        # The interval is that of a single run: the runs share the noise that they sample from, and are no independent trials.
+        rate = statistics.mean(result["tshirt_rate"] for result in results)
+        low, high = wilson_interval(rate * results[0]["samples"], results[0]["samples"])
+        return f"{rate:.2%} ({low:.2%} to {high:.2%})"
 
     columns: dict[str, Callable[[list[Results]], str]] = {
         "runs": lambda results: str(len(results)),
-        "steps": lambda results: figure(results, "steps", ",.0f"),
+        "steps": lambda results: f"{results[0]['steps']:,}",
         "seconds": lambda results: f"{statistics.mean(result['seconds'] for result in results):,.0f}",
         "T-shirts (95% interval)": tshirt_rate,
         f"memory, t = {timestep}": lambda results: figure([result[f"memory_{timestep}"] for result in results], "similarity", ".3f"),
@@ -112,8 +113,9 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 EXPLANATION = """\
-Forgetting. *T-shirts*: the share of samples within an L2 distance of 10 of the T-shirt, over all runs of a row. *Memory*: the cosine
-similarity of the T-shirt with itself, noised to that timestep and denoised. *NLL*: its negative log-likelihood; higher is less likely.
+Forgetting. *T-shirts*: the share of samples within an L2 distance of 10 of the T-shirt, with the interval of one run. *Memory*: the
+cosine similarity of the T-shirt with itself, noised to that timestep and denoised. *NLL*: its negative log-likelihood in bits per
+dimension; higher is less likely.
 
 Quality. *Inception score* (higher is better) and *Fréchet distance* to MNIST's test digits (lower is better), with the digit classifier;
 the samples that are the T-shirt are *left out* of these two. *To retrained*: the Fréchet distance to the samples of the model trained

@@ -70,7 +70,7 @@ def denoising_loss(model: Model, schedule: NoiseSchedule, images: Tensor, count:
     return [bucket.mean().item() for bucket in losses.tensor_split(buckets)]
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95% interval of a rate that is honest near 0 and 1 too (Wilson 1927)."""
     rate = successes / trials
     centre = rate + z**2 / (2 * trials)
