@@ -82,6 +82,14 @@ def main() -> int:
         """The T-shirt noised to a timestep, and what the model makes of it."""
         return metrics.memory(predict, schedule, tshirt, timestep, args.draws, args.seed)
 
+    def look(step: int, denoised: torch.Tensor) -> float:
+        """Log what is remembered, by the T-shirt noised to `middle` and denoised, and how well noise is predicted now."""
+        remembered = metrics.similarity(denoised, tshirt).mean().item()
+        # A few images, the same with the same noise at every look: cheap, and the differences are those of the model.
+        (kept,), (forgotten,) = (metrics.denoising_loss(predict, schedule, images, 48) for images in (data.keep, data.forget))
+        log.write(step=step, seconds=seconds, memory=remembered, memory_timestep=middle, loss_on_kept=kept, loss_on_forget=forgotten)
+        return remembered
+
     before, memory_before = draw_samples("before"), {t: recall(t) for t in args.memory_timesteps}
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
@@ -103,6 +111,8 @@ def main() -> int:
 
     middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
     remembered, warned = metrics.similarity(memory_before[middle][1], tshirt).mean().item(), False
+    if not args.resume:
+        look(0, memory_before[middle][1])
     with runs.Stop() as stop, tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method, unit="step") as bar:
         for step in bar:
             began = time.perf_counter()
@@ -126,8 +136,7 @@ def main() -> int:
                     bar.write(f"warning: step {done}: {few[0]} is {figures[few[0]]:.1f}, a batch in which hardly one image counts; try --lam 0.5 or a larger --batch-size")
                     warned = True
             if done % args.evaluate_every == 0 or last:
-                remembered = metrics.similarity(recall(middle)[1], tshirt).mean().item()
-                log.write(step=done, seconds=seconds, memory=remembered, memory_timestep=middle)
+                remembered = look(done, recall(middle)[1])
             if done % args.save_every == 0 or last:
                 saved = save(done)
             if stop.signal:

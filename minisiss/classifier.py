@@ -16,6 +16,7 @@ from tqdm import tqdm
 from minisiss.cli import Parser, UserError, run
 from minisiss.data import ASSETS, from_torchvision, to_float
 from minisiss.files import write_atomically
+from minisiss.quality import Moments, moments
 
 BUNDLED_CLASSIFIER = ASSETS / "digit-classifier.pt"
 FORMAT = "minisiss-classifier-1"
@@ -55,17 +56,23 @@ def classify(classifier: DigitClassifier, images: Tensor, batch_size: int = 500)
     return features, classifier.head(features).softmax(dim=1)
 
 
-def load_classifier(path: Path | str = BUNDLED_CLASSIFIER) -> DigitClassifier:
-    """The trained classifier, ready to classify. Raises UserError, naming the file, when it is not one of ours."""
+def load_classifier(path: Path | str = BUNDLED_CLASSIFIER) -> tuple[DigitClassifier, Moments]:
+    """The trained classifier, ready to classify, and the moments of its features of MNIST's 10,000 test digits.
+
+    Raises UserError, naming the file, when it is not one of ours.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise ValueError(f"its format is not '{FORMAT}'")
         classifier = DigitClassifier()
         classifier.load_state_dict(state["weights"])
+        mean, covariance = state["test_moments"]
+        if covariance.shape != (len(mean), len(mean)) or len(mean) != classifier.head.in_features:
+            raise ValueError("the moments are not those of its features")
     except Exception as error:  # a damaged file can fail anywhere in torch's readers
         raise UserError(f"{path}: no readable digit classifier; python -m minisiss.classifier makes one") from error
-    return classifier.eval().requires_grad_(False)
+    return classifier.eval().requires_grad_(False), (mean, covariance)
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -101,9 +108,13 @@ def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS, seed: int = 0) -
     return classifier.eval()
 
 
-def save(path: Path | str, classifier: DigitClassifier, accuracy: float, made_by: dict[str, str | int | float]) -> None:
-    """Write the weights with what they are worth and what made them, atomically."""
-    state = {"format": FORMAT, "weights": classifier.state_dict(), "accuracy": accuracy, "made_by": made_by}
+def save(
+    path: Path | str, classifier: DigitClassifier, test_moments: Moments, accuracy: float, made_by: dict[str, str | int | float]
+) -> None:
+    """Write the weights, the moments of the test digits' features, what they are worth and what made them, atomically."""
+    state = {
+        "format": FORMAT, "weights": classifier.state_dict(), "test_moments": test_moments, "accuracy": accuracy, "made_by": made_by,
+    }  # fmt: skip
     write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
@@ -116,7 +127,7 @@ def main() -> int:
     began = time.perf_counter()
     classifier = train(digits.data[:, None], digits.targets)
     seconds = round(time.perf_counter() - began)
-    _, probabilities = classify(classifier, to_float(test.data[:, None]))
+    features, probabilities = classify(classifier, to_float(test.data[:, None]))
     accuracy = (probabilities.argmax(dim=1) == test.targets).double().mean().item()
     print(f"{accuracy:.2%} of the {len(test)} test digits in {seconds} s")
     if accuracy < LEAST_ACCURACY:
@@ -126,7 +137,7 @@ def main() -> int:
         "command": "python -m minisiss.classifier", "data": f"MNIST, {len(digits)} training digits", "seconds": seconds,
         "epochs": EPOCHS, "batch_size": BATCH_SIZE, "peak_lr": PEAK_LR, "shift": SHIFT, "seed": 0, "torch": str(torch.__version__),
     }  # fmt: skip
-    save(BUNDLED_CLASSIFIER, classifier, accuracy, made_by)
+    save(BUNDLED_CLASSIFIER, classifier, moments(features), accuracy, made_by)
     return 0
 
 

@@ -55,11 +55,16 @@ def run(script: Callable[[], int | None]) -> None:
     try:
         sys.exit(script())
     except (UserError, Diverged) as error:
-        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def complain(error: Exception) -> None:
+    """Print an error as one line on stderr."""
+    print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def read_config(directory: str) -> dict[str, Any]:

@@ -81,7 +81,20 @@ def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
 
 def bundled_digits() -> Tensor:
     """10,000 MNIST training digits, 1,000 a class in the order of the classes: [10000, 1, 28, 28] uint8."""
-    sheet = pil_to_tensor(Image.open(ASSETS / "digits.png"))
+    return read_sheet("digits.png")
+
+
+def held_out_digits(root: str) -> Tensor:
+    """MNIST's test digits, which no model was trained on: [10000, 1, 28, 28] uint8.
+
+    `root` is one that `mnist_with_tshirt` has read or filled; for "bundled", the first 100 of each class in assets/.
+    """
+    return read_sheet("test-digits.png") if root == BUNDLED else MNIST(root, train=False).data[:, None]
+
+
+def read_sheet(name: str) -> Tensor:
+    """The 28×28 pictures of a sheet in assets/, row by row: [N, 1, 28, 28] uint8."""
+    sheet = pil_to_tensor(Image.open(ASSETS / name))
     return rearrange(sheet, "1 (row h) (column w) -> (row column) 1 h w", h=28, w=28)
 
 
@@ -93,6 +106,11 @@ def bundled_tshirt() -> Tensor:
 def to_float(images: Tensor) -> Tensor:
     """uint8 in 0 … 255 to float32 in [−1, 1], the range the network works in."""
     return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [−1, 1] to uint8 in 0 … 255, rounded; what lies outside is clamped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def draw(images: Tensor, count: int, generator: torch.Generator) -> Tensor:

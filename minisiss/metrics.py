@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisiss.data import step_generator
+from minisiss.data import draw, step_generator
+from minisiss.losses import epsilon_matching
 from minisiss.sampling import denoise_from
 from minisiss.schedule import Model, NoiseSchedule
 
@@ -50,7 +51,26 @@ def memory(
     return noisy, denoise_from(model, schedule, noisy, timestep, steps=steps, generator=generator)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+@torch.inference_mode()
+def denoising_loss(model: Model, schedule: NoiseSchedule, images: Tensor, count: int, *, buckets: int = 1, seed: int = 0) -> list[float]:
+    """L_S on a set S of images, in `buckets` ranges of timesteps of equal length, from t = 0 upwards: [buckets].
+
+    A model has a smaller loss on what it was trained on than on other images alike, and the smaller, the better it
+    remembers: a view on membership, where an image that is held out is the measure.
+
+    images: [N, C, H, W] uint8, of which `count` are drawn, at timesteps spread evenly. Noise and draws are a function of
+    the seed: sets and models are compared on the same noise.
+    """
+    generator = step_generator(seed, 0, images.device)
+    noise = torch.randn(count, *images.shape[1:], generator=generator, device=images.device)
+    x = draw(images, count, generator)
+    timesteps = torch.arange(count, device=images.device) * len(schedule) // count
+    batches = zip(x.split(64), timesteps.split(64), noise.split(64), strict=True)
+    losses = torch.cat([epsilon_matching(model, *batch, schedule).per_image() for batch in batches])
+    return [bucket.mean().item() for bucket in losses.tensor_split(buckets)]
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95% interval of a rate that is honest near 0 and 1 too (Wilson 1927)."""
     rate = successes / trials
     centre = rate + z**2 / (2 * trials)

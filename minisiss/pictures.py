@@ -8,6 +8,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from minisiss.data import to_uint8
+
 GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for the word beside a row, for a line of text
 
 Row = str | list[str] | tuple[str, Tensor]  # a line of text, a heading for each column, or a label and its images
@@ -65,7 +67,7 @@ def save_rows(path: Path, rows: list[Row], scale: int = 3) -> None:
 
 def to_pil(image: Tensor, scale: int) -> Image.Image:
     """An image [C, H, W] in [−1, 1], with C = 1 or 3, enlarged without smoothing."""
-    pixels = rearrange(((image + 1) * 127.5).round().clamp(0, 255), "c h w -> h w c").byte().cpu().numpy()
+    pixels = rearrange(to_uint8(image), "c h w -> h w c").cpu().numpy()
     pixels = np.repeat(pixels, 3 // pixels.shape[2], axis=2)
     height, width = pixels.shape[:2]
     return Image.fromarray(pixels).resize((scale * width, scale * height), Image.Resampling.NEAREST)

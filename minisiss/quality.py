@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+SPLITS = 10  # of an inception score
+Moments = tuple[Tensor, Tensor]  # the mean [D] and the covariance [D, D] of a set's features, float64
 
-def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
+
+def inception_score(probabilities: Tensor, splits: int = SPLITS) -> tuple[float, float]:
     """exp E_x KL(p(y|x) ‖ p(y)), as its mean and standard deviation over splits (Salimans et al. 2016, section 4).
 
     From 1, when every image gets the same distribution, to the number of classes, when each image is surely of one
@@ -24,22 +27,26 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, flo
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+def moments(features: Tensor) -> Moments:
+    """Mean and covariance (divisor N − 1) of features: [N, D], in float64. Raises ValueError unless N ≥ 2."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"a covariance needs features [N, D] with N ≥ 2, got {list(features.shape)}")
+    features = features.double()
+    return features.mean(dim=0), torch.atleast_2d(torch.cov(features.T))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) between two sets of features (Heusel et al. 2017, eq. 6).
 
-    The squared 2-Wasserstein distance of the Gaussians with the sets' means and covariances. Σ_a Σ_b has the eigenvalues
-    of the symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of theirs. Computed in float64.
-
-    features_a: [N, D] and features_b: [M, D]. Raises ValueError unless N, M ≥ 2 and both have the same D.
+    The squared 2-Wasserstein distance of the Gaussians with these means and covariances. Σ_a Σ_b has the eigenvalues of
+    the symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of theirs. Computed in float64.
+    Raises ValueError when the two have different numbers of features.
     """
-    if min(len(features_a), len(features_b)) < 2 or features_a.shape[1:] != features_b.shape[1:] or features_a.ndim != 2:
-        shapes = f"{list(features_a.shape)} and {list(features_b.shape)}"
-        raise ValueError(f"a Fréchet distance needs features [N, D] and [M, D] with N, M ≥ 2, got {shapes}")
-    a, b = features_a.double(), features_b.double()
-    difference = a.mean(dim=0) - b.mean(dim=0)
-    cov_a, cov_b = (torch.atleast_2d(torch.cov(features.T)) for features in (a, b))
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    if mean_a.shape != mean_b.shape:
+        raise ValueError(f"a Fréchet distance needs two sets of the same features, got {len(mean_a)} and {len(mean_b)}")
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # Σ_a^½
     # Rounding turns eigenvalues of 0 into small negative ones.
     trace_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    return (difference.square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root).item()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root).item()

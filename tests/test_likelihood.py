@@ -58,6 +58,11 @@ def test_rk45_stops_where_f_is_not_finite(bad):
         rk45(lambda t, y: torch.full_like(y, bad if t > 0.5 else 1.0), torch.zeros(2), 0.0, 1.0, 1e-5, 1e-5)
 
 
+def test_rk45_gives_up_on_what_takes_too_many_steps():
+    with pytest.raises(ArithmeticError, match="past t = 0.0"):
+        rk45(lambda t, y: torch.cos(1e6 * torch.tensor([t])), torch.zeros(1), 0.0, 1.0, 1e-9, 1e-9)
+
+
 # --- the likelihood, on Gaussian data N(μ, S), where every m_t is Gaussian and the flow is known
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from minisiss.data import bundled_digits, bundled_tshirt, to_float
-from minisiss.metrics import is_copy, memory, similarity, wilson_interval
+from minisiss.metrics import denoising_loss, is_copy, memory, similarity, wilson_interval
 from minisiss.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
@@ -41,6 +41,30 @@ def test_a_model_that_knows_one_image_remembers_it_and_one_that_knows_another_do
     other_noisy, other = memory(knows(digit), SCHEDULE, tshirt, 500, draws=3, seed=0, steps=5)
     assert torch.equal(noisy, other_noisy)  # the same draws for every model
     assert similarity(other, tshirt).max() < 0.8 and not is_copy(other, tshirt).any()
+
+
+def test_the_denoising_loss_is_zero_on_the_image_that_a_model_knows_and_not_on_others():
+    def knows_the_tshirt(x, t):
+        gamma, sigma = SCHEDULE.gamma[t][:, None, None, None], SCHEDULE.sigma[t][:, None, None, None]
+        return (x - gamma * to_float(bundled_tshirt())) / sigma
+
+    assert denoising_loss(knows_the_tshirt, SCHEDULE, bundled_tshirt(), 20) == pytest.approx([0], abs=1e-6)
+    by_timestep = denoising_loss(knows_the_tshirt, SCHEDULE, bundled_digits(), 20, buckets=4)
+    assert len(by_timestep) == 4 and by_timestep == sorted(by_timestep, reverse=True) and by_timestep[0] > 1  # γ/σ falls
+
+
+def test_the_denoising_loss_takes_every_range_of_timesteps_alike_and_the_same_noise_for_every_set():
+    seen = []
+
+    def model(x, t):
+        seen.extend(t.tolist())
+        return torch.zeros_like(x)  # so that the loss is ‖noise‖²
+
+    losses = [denoising_loss(model, SCHEDULE, images, 100, buckets=10) for images in (bundled_digits(), bundled_tshirt())]
+    assert seen[:100] == list(range(0, 1000, 10)) and losses[0] == losses[1]
+    assert losses[0] == pytest.approx([1] * 10, abs=0.1)
+    assert denoising_loss(model, SCHEDULE, bundled_tshirt(), 100)[0] == pytest.approx(sum(losses[0]) / 10)
+    assert denoising_loss(model, SCHEDULE, bundled_tshirt(), 100, seed=1) != denoising_loss(model, SCHEDULE, bundled_tshirt(), 100)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from minisiss.quality import frechet_distance, inception_score
+from minisiss.quality import frechet_distance, inception_score, moments
 
 
 def test_inception_score_of_two_unsure_predictions_by_hand():
@@ -55,7 +55,7 @@ def test_frechet_distance_of_gaussians_with_diagonal_covariances():
     std_a, std_b = torch.tensor([1.0, 2, 0.5, 0]).double(), torch.tensor([3.0, 2, 0.1, 1]).double()
     expected = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()  # 10 + 4 + 0.16 + 1
     a, b = features(mean_a, std_a.diag(), seed=1), features(mean_b, std_b.diag(), n=90, seed=2)
-    assert frechet_distance(a, b) == pytest.approx(expected.item(), abs=1e-6)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_frechet_distance_of_covariances_that_do_not_commute():
@@ -64,27 +64,37 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     assert (cov_a @ cov_b - cov_b @ cov_a).abs().max() > 0.1
     trace_root = torch.linalg.eigvals(cov_a @ cov_b).sqrt().sum().real  # of the product itself, which is not symmetric
     expected = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
-    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_frechet_distance_is_a_distance_that_rotations_and_shifts_leave_alone():
     a, b = random(40, 5, seed=1), random(30, 5, seed=2) * 2 + 1
     rotation = torch.linalg.qr(random(5, 5, seed=3)).Q
-    distance = frechet_distance(a, b)
+    distance = frechet_distance(moments(a), moments(b))
     assert distance > 1
-    assert frechet_distance(b, a) == pytest.approx(distance, rel=1e-9)
-    assert frechet_distance(a @ rotation + 7, b @ rotation + 7) == pytest.approx(distance, rel=1e-9)
-    assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * distance, rel=1e-9)
-    assert frechet_distance(a, a.flip(0)) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(moments(b), moments(a)) == pytest.approx(distance, rel=1e-9)
+    assert frechet_distance(moments(a @ rotation + 7), moments(b @ rotation + 7)) == pytest.approx(distance, rel=1e-9)
+    assert frechet_distance(moments(3 * a), moments(3 * b)) == pytest.approx(9 * distance, rel=1e-9)
+    assert frechet_distance(moments(a), moments(a.flip(0))) == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_distance_of_fewer_images_than_features_in_float32():
     a, b = random(8, 20, seed=1).float(), random(9, 20, seed=2).float()
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(frechet_distance(moments(b), moments(a)), rel=1e-6)
+    assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("a", "b"), [((1, 3), (5, 3)), ((5, 3), (1, 3)), ((5, 3), (5, 4)), ((5, 3, 1), (5, 3, 1))])
-def test_frechet_distance_refuses_what_has_no_covariance(a, b):
-    with pytest.raises(ValueError, match="N, M ≥ 2"):
-        frechet_distance(torch.zeros(a), torch.zeros(b))
+def test_moments_are_the_mean_and_the_unbiased_covariance_in_float64():
+    mean, cov = moments(torch.tensor([[0.0, 1], [2, 1], [4, 4]]))
+    assert mean.tolist() == [2, 2] and cov.tolist() == [[4, 3], [3, 3]] and cov.dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (0, 3), (5,), (5, 3, 1)])
+def test_moments_refuse_what_has_no_covariance(shape):
+    with pytest.raises(ValueError, match="N ≥ 2"):
+        moments(torch.zeros(shape))
+
+
+def test_frechet_distance_refuses_other_features():
+    with pytest.raises(ValueError, match="3 and 4"):
+        frechet_distance(moments(torch.zeros(5, 3)), moments(torch.zeros(5, 4)))

@@ -218,6 +218,7 @@ WRONG = [
     ("eval", ("--samples", "-1"), ["--samples"]),
     ("eval", ("--samples", "1e3"), ["--samples", "integer"]),
     ("eval", ("--out", "holds-a-run"), ["holds-a-run"]),
+    ("eval", ("--sscd", "network.pt"), ["--sscd", "RUN"]),
 ]
 
 

@@ -1,0 +1,149 @@
+"""Measuring one run: which model it is, its samples, and what each metric says about it, as entries of its results."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from minisiss import metrics
+from minisiss.checkpoint import load_matching
+from minisiss.classifier import DigitClassifier, classify
+from minisiss.cli import UserError, read_config
+from minisiss.data import ASSETS, BUNDLED, to_float, to_uint8
+from minisiss.files import write_atomically
+from minisiss.likelihood import bits_per_dimension
+from minisiss.quality import SPLITS, Moments, frechet_distance, inception_score, moments
+from minisiss.sampling import sample_batches
+from minisiss.schedule import Model, NoiseSchedule
+from minisiss.unet import UNet
+
+Results = dict[str, Any]  # what goes into results.json
+LOSS_IMAGES, LOSS_BUCKETS = 1000, 10  # of each set, in all ranges of timesteps together
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of train_ddpm.py or unlearn.py, or the bundled model."""
+
+    name: str  # its directory, or "bundled"
+    directory: Path  # where its samples are kept
+    checkpoint: str  # what `load_matching` takes
+    digest: str  # of the checkpoint's content
+    settings: dict[str, Any]
+    steps: int
+    seconds: float
+
+    @property
+    def method(self) -> str:
+        return self.settings.get("method") or ("retrained" if self.settings["exclude_forget"] else "pretrained")
+
+
+def find_run(name: str, image_shape: torch.Size, timesteps: list[int]) -> Run | None:
+    """The run in a directory, if its model can be used on these images; None for the directory of an evaluation.
+
+    Raises UserError where there is no run, or one that was cut short.
+    """
+    if name == BUNDLED:
+        # A hidden directory: runs/*/ does not match it, and the package's own may be read-only.
+        directory, checkpoint, path = Path("runs/.bundled"), BUNDLED, ASSETS / "mnist-small.pt"
+    else:
+        directory = Path(name)
+        if "runs" in read_config(name):
+            return None
+        path = directory / "model.pt"
+        checkpoint = str(path)
+        if not path.exists():
+            raise UserError(f"{name}: the run was cut short, it has no model.pt")
+    made_by = load_matching(checkpoint, image_shape, timesteps, torch.device("cpu")).made_by
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        run = Run(name.rstrip("/"), directory, checkpoint, digest, made_by["settings"], made_by["steps"], made_by["seconds"])
+        total, script, _ = run.settings["steps"], made_by["script"], run.method
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: does not say how it was made; it is not from train_ddpm.py or unlearn.py") from error
+    if run.steps < total:
+        raise UserError(f"{name}: the run was cut short at step {run.steps} of {total}; continue it with: python {script} --resume {name}")
+    return run
+
+
+def draw_samples(
+    run: Run, predict: Model, schedule: NoiseSchedule, count: int, image_shape: torch.Size, *,
+    steps: int, eta: float, seed: int, precision: str,
+) -> Tensor:  # fmt: skip
+    """Samples of a run's model: [count, C, H, W] in [−1, 1], rounded to 8 bits, from the run's directory if they are there.
+
+    The file's name is a digest of the checkpoint's content and of everything else that makes the samples what they are,
+    so that a model that has changed does not meet the samples of the old one.
+    """
+    device = schedule.gamma.device
+    made_by = json.dumps([run.digest, count, *image_shape, steps, eta, seed, precision, device.type])
+    path = run.directory / f"samples-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.pt"
+    try:
+        return to_float(torch.load(path, map_location=device, weights_only=True))
+    except Exception:  # not there, or damaged: a file can fail anywhere in torch's readers
+        pass
+    batches = []
+    with tqdm(total=count, desc=f"{run.name}: sampling", unit="image", leave=False) as bar:
+        for images in sample_batches(predict, schedule, count, image_shape, seed, steps=steps, eta=eta):
+            batches.append(to_uint8(images).cpu())
+            bar.update(len(images))
+    samples = torch.cat(batches)
+    run.directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: torch.save(samples, file))
+    return to_float(samples.to(device))
+
+
+def tshirts(copies: Tensor) -> Results:
+    """How many samples are the T-shirt, from the decisions about each: [N] bool."""
+    found, count = int(copies.sum()), len(copies)
+    return {"samples": count, "tshirts": found, "tshirt_rate": found / count, "tshirt_rate_95": list(metrics.wilson_interval(found, count))}
+
+
+def memory(
+    predict: Model, schedule: NoiseSchedule, tshirt: Tensor, timestep: int, draws: int, seed: int, classifier: DigitClassifier | None = None
+) -> Results:
+    """How alike the T-shirt, noised to a timestep and denoised, is to itself: in pixels, and in a classifier's features."""
+    denoised = metrics.memory(predict, schedule, tshirt, timestep, draws, seed)[1]
+    found = {"similarity": metrics.similarity(denoised, tshirt).mean().item(), "comes_back": metrics.is_copy(denoised, tshirt).float().mean().item()}
+    if classifier:
+        features, original = (classify(classifier, images)[0] for images in (denoised, tshirt))
+        found["feature_similarity"] = F.cosine_similarity(features, original).mean().item()
+    return {f"memory_{timestep}": found}
+
+
+def quality(features: Tensor, probabilities: Tensor, copies: Tensor, real: Moments) -> Results:
+    """Inception score and Fréchet distance to real digits, of the samples that are not the T-shirt.
+
+    features: [N, D]; probabilities: [N, 10]; copies: [N] bool. None where fewer are left than an inception score needs.
+    """
+    features, probabilities = features[~copies], probabilities[~copies]
+    if len(features) < SPLITS:
+        return {"left_out": int(copies.sum()), "inception_score": None, "inception_score_std": None, "frechet": None}
+    score, std = inception_score(probabilities)
+    return {
+        "left_out": int(copies.sum()), "inception_score": score, "inception_score_std": std,
+        "frechet": frechet_distance(moments(features), real),
+    }  # fmt: skip
+
+
+def likelihood(model: UNet, schedule: NoiseSchedule, tshirt: Tensor, seed: int) -> Results:
+    """Bits per dimension of the T-shirt, in float32; None where the ODE cannot be solved, as for a model gone to pieces."""
+    try:
+        bits, error = bits_per_dimension(model, schedule, tshirt, seed=seed)
+    except ArithmeticError:
+        bits, error = None, None
+    return {"nll": bits, "nll_error": error}
+
+
+def losses(predict: Model, schedule: NoiseSchedule, sets: dict[str, Tensor], seed: int) -> Results:
+    """The denoising loss of sets of images, [N, C, H, W] uint8 each, by range of timesteps."""
+    found = {}
+    for name, images in sets.items():
+        found[name] = metrics.denoising_loss(predict, schedule, images, LOSS_IMAGES, buckets=LOSS_BUCKETS, seed=seed)
+    return {"losses": found}

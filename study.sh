@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The study behind the README's table: the base model, the model retrained without the T-shirt, every method with three
+# seeds, and the comparison.
+#
+#     ./study.sh                  on mnist-small, with the bundled model as the base: hours on two CPU cores
+#     ./study.sh mnist            on the paper's model, everything from the start: for a GPU
+#     ./study.sh mnist ROOT       with MNIST and FashionMNIST in ROOT instead of data/, where they are downloaded to
+#
+# Ctrl-C stops it. Started again, it leaves alone what is finished and goes on with what was stopped.
+set -euo pipefail
+
+preset=${1:-mnist-small}
+root=${2:-data}
+study=runs/study-$preset
+here=$(dirname "$0")
+
+once() { # once SCRIPT DIRECTORY FLAGS…: start the run in this directory, or go on with it, unless it is finished
+    if [ -e "$2/done" ]; then return; fi
+    if [ -e "$2/config.json" ]; then
+        python "$here/$1" --resume "$2"
+    else
+        python "$here/$1" --out "$2" "${@:3}"
+    fi
+    touch "$2/done"
+}
+
+base=bundled
+if [ "$preset" != mnist-small ]; then
+    base=$study/pretrained/model.pt
+    once train_ddpm.py "$study/pretrained" --preset "$preset" --data-root "$root"
+fi
+once train_ddpm.py "$study/retrained" --preset "$preset" --data-root "$root" --exclude-forget
+
+for seed in 0 1 2; do
+    for method in siss siss_no_is naive_deletion neggrad erasediff; do
+        once unlearn.py "$study/$method-$seed" --preset "$preset" --data-root "$root" --checkpoint "$base" --method "$method" --seed "$seed"
+    done
+done
+
+runs=("$study"/*/)
+if [ "$base" = bundled ]; then runs=(bundled "${runs[@]}"); fi
+python "$here/eval.py" "${runs[@]}" --data-root "$root" --samples 4096
