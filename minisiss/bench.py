@@ -1,0 +1,231 @@
+"""What a step costs in time and memory, on this machine.
+
+    python -m minisiss.bench                          three networks; at most about 15 minutes on two CPU cores
+    python -m minisiss.bench --presets mnist-small    one of them
+
+Three tables a network: a step of every method against one of naive deletion; images a second in training and sampling;
+how a step grows with the batch and with the picture. What is compared takes turns, so that a noisy machine hits all alike.
+"""
+
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minisiss import unlearning
+from minisiss.cli import Parser, UserError, positive_int, run
+from minisiss.device import pick_device
+from minisiss.runs import write_json
+from minisiss.workload import BATCH_SIZES, LITERAL, NAIVE, STEPS, Workload
+
+SECONDS = 75  # for one table, in which at least one round is timed
+DDIM_STEPS = 50  # of one sample
+Rows = list[dict[str, Any]]
+Times = dict[tuple, list[float]]
+
+
+def measure(title: str, calls: dict[tuple, Callable[[int], None]], repeats: int, device: torch.device) -> Times:
+    """Seconds of each call in each round. The calls take turns; round 0 warms up and is not counted.
+
+    There are `repeats` rounds, or as many as end within `SECONDS`, but at least one. SISS is called twice a round and
+    timed the second time: its passes have other sizes each round, a size is slower when it is met for the first time,
+    and in a run of some length most have been met before.
+    """
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    times = {key: [] for key in calls}
+    began = clock()
+    for round in tqdm(range(repeats + 1), desc=title, unit="round", leave=False):
+        for key, call in calls.items():
+            if "siss" in key:
+                call(round)
+            start = clock()
+            call(round)
+            if round:
+                times[key].append(clock() - start)
+        if round and (clock() - began) * (round + 2) / (round + 1) > SECONDS:
+            break
+    return times
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: allocated on a GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # the system's record of this very program; the portable one can start from its parent's
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory(args: Namespace, preset: str, name: str) -> dict[str, float]:
+    """MiB at the peak of two steps (the first one makes AdamW's state), and how much of it the steps added.
+
+    A process has only one peak, so this is for a process of its own.
+    """
+    work = Workload(args, preset)
+    before = peak_bytes(work.device)
+    for round in (0, 1):
+        work.step(name, round)
+    peak = peak_bytes(work.device)
+    return {"peak MiB": peak / 2**20, "step MiB": (peak - before) / 2**20}
+
+
+def memory(args: Namespace, preset: str) -> dict[str, dict[str, float]]:
+    """`peak_memory` of every method."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minisiss.workload"])  # torch is imported once for all of them
+    peaks = {}
+    for name in tqdm(STEPS, desc="memory", unit="process", leave=False):
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            peaks[name] = pool.submit(peak_memory, args, preset, name).result()
+    return peaks
+
+
+def ratio(times: list[float], naive: list[float]) -> float:
+    """The median over rounds of the time relative to naive deletion's in the same round."""
+    return median(this / other for this, other in zip(times, naive, strict=True))
+
+
+def steps(work: Workload, peaks: dict[str, dict[str, float]], repeats: int) -> Rows:
+    """A step of every method on the same batches."""
+    times = measure("steps", {(name,): partial(work.step, name) for name in STEPS}, repeats, work.device)
+    return [
+        {"step": name, "seconds": median(rounds), "× naive": ratio(rounds, times[(NAIVE,)]), **peaks[name], "rounds": rounds}
+        for (name,), rounds in times.items()
+    ]
+
+
+def overlap(work: Workload, rounds: int) -> float:
+    """The share of images that matter to both terms of SISS, over the rounds that are timed."""
+    terms = [work.terms(unlearning.METHODS["siss"], round) for round in range(1, rounds + 1)]
+    return torch.stack([(t.keep.weighed & t.forget.weighed).float().mean() for t in terms]).mean().item()
+
+
+def variants(work: Workload, compiled: bool) -> dict[str, Workload]:
+    """The network by precision, and compiled if that is asked for and works."""
+    found = {precision: work.at(precision) for precision in ("fp32", "bf16")}
+    try:
+        for precision in ("fp32", "bf16") if compiled else ():
+            variant = work.at(precision, compiled=True)
+            variant.step(NAIVE, 0)
+            found[f"{precision}, compiled"] = variant
+    except Exception as error:  # whatever torch.compile raises where there is no compiler
+        reason = " ".join(str(error).split()).split(" Set TORCHDYNAMO")[0]
+        print(f"compiled: not measured, torch.compile failed: {reason[:300]}")
+    return found
+
+
+def throughput(networks: dict[str, Workload], repeats: int, first: int) -> Rows:
+    """Images a second in training (steps of naive deletion) and in sampling (of which the `first` steps run)."""
+    calls = {}
+    for name, work in networks.items():
+        calls |= {(name, "train"): partial(work.step, NAIVE), (name, "sample"): partial(work.sample, first)}
+    times = measure("throughput", calls, repeats, work.device)
+    rate = {key: work.batch_size / median(rounds) for key, rounds in times.items()}
+    sampling = f"sampling images/s, {DDIM_STEPS} steps"
+    return [
+        {"network": name, "training images/s": rate[name, "train"], sampling: rate[name, "sample"] * first / DDIM_STEPS}
+        for name in networks
+    ]
+
+
+def growth(work: Workload, args: Namespace, preset: str) -> Rows:
+    """A step by batch size (four) and by image size (three), both up to the preset's."""
+    full, batch, unit = work.config.image_size, work.batch_size, 2 ** (len(work.config.channels) - 1)
+    works = {size: Workload(args, preset, size) for size in (full // 2 // unit * unit, full * 3 // 4 // unit * unit)}
+    works[full] = work
+    cases = [*((full, max(1, batch * part // 8)) for part in (1, 2, 4)), *((size, batch) for size in works)]
+    names = (NAIVE, LITERAL, "siss")
+    calls = {(*case, name): partial(works[case[0]].step, name, batch_size=case[1]) for case in cases for name in names}
+    times = measure("growth", calls, args.repeats, work.device)
+    rows = []
+    for case in cases:
+        naive, literal, fast = (times[(*case, name)] for name in names)
+        row = {"image size": case[0], "batch": case[1], f"{NAIVE} seconds": median(naive)}
+        rows.append(row | {f"{LITERAL} × naive": ratio(literal, naive), "siss × naive": ratio(fast, naive)})
+    return rows
+
+
+def show(rows: Rows) -> None:
+    """Print a table: a column for each key; lists are for the JSON file only."""
+
+    def text(value: Any) -> str:
+        return (f"{value:,.0f}" if value >= 100 else f"{value:#.3g}") if isinstance(value, float) else str(value)
+
+    names = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    cells = [names, *([text(row[name]) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *others in cells:
+        print(f"    {first:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)), sep="  ")
+    print()
+
+
+def benchmark(args: Namespace, preset: str) -> dict[str, Any]:
+    """All tables of a preset, printed as they come."""
+    peaks = memory(args, preset)  # first, while this process holds nothing on the device
+    work = Workload(args, preset)
+    about = {
+        "channels": work.config.channels, "parameters": sum(p.numel() for p in work.model.parameters()),
+        "pictures": "×".join(map(str, work.data.images.shape[1:])), "batch": work.batch_size, "precision": args.precision,
+    }  # fmt: skip
+    print(f"{preset}: {', '.join(f'{name} {value}' for name, value in about.items())}\n")
+    show(a := steps(work, peaks, args.repeats))
+    shared = overlap(work, len(a[0]["rounds"]))
+    print(f"    {shared:.0%} of the images matter to both of siss's terms: by their number, {1 + shared:.2f} × naive\n")
+    compiled = work.device.type == "cuda" if args.compile is None else args.compile
+    show(b := throughput(variants(work, compiled), args.repeats, 2 if args.quick else 5))
+    show(c := growth(work, args, preset))
+    return about | {"overlap": shared, "steps": a, "throughput": b, "growth": c}
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--presets", nargs="+", choices=BATCH_SIZES, help="networks (default: mnist-small mnist celebahq; the last is google/ddpm-celebahq-256, an eighth as wide on a CPU)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help=f"timed rounds a table, or as many as end within {SECONDS} seconds")
+    parser.add_argument("--quick", action="store_true", help="one round, of mnist-tiny unless --presets says otherwise: does it run?")
+    parser.add_argument("--batch-size", type=positive_int, help="images a step (default: by preset and machine)")
+    parser.add_argument("--data-root", metavar="DIR", help="a folder of pictures for celebahq (default: smooth random ones)")
+    parser.add_argument("--compile", action=BooleanOptionalAction, help="measure torch.compile too (default: on a GPU only)")
+    parser.add_machine()
+    parser.add_argument("--out", default="bench.json", help="the JSON file to write")
+    args = parser.parse_args()
+    args.repeats = 1 if args.quick else args.repeats
+    device, out = pick_device(args.device), Path(args.out)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: should be a file, in a directory that exists")
+
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    results = {"torch": str(torch.__version__), "device": name, "presets": {}}
+    print(f"torch {torch.__version__}, {name}\n")
+    for preset in args.presets or (["mnist-tiny"] if args.quick else ["mnist-small", "mnist", "celebahq"]):
+        try:
+            results["presets"][preset] = benchmark(args, preset)
+        except (torch.cuda.OutOfMemoryError, BrokenProcessPool) as error:
+            raise UserError(f"{preset}: out of memory; try a smaller --batch-size ({error})") from error
+        write_json(out, results)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
