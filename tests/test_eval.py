@@ -274,7 +274,7 @@ def test_the_classifier_comes_with_the_moments_of_its_features(untrained, tmp_pa
 
 
 def test_the_study_goes_on_where_it_was_stopped(tmp_path):
-    """study.sh with a stand-in for python that writes down how it is called and is stopped in its fourth run."""
+    """minisiss/study.sh with a stand-in for python that writes down how it is called and is stopped in its fourth run."""
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin/python"
     stand_in.write_text("""#!/usr/bin/env bash
@@ -284,7 +284,7 @@ if [ "$(wc -l < calls)" = 4 ]; then exit 130; fi
 """)
     stand_in.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    study = lambda: subprocess.run(["bash", ROOT / "study.sh", "mnist", "data"], cwd=tmp_path, env=environment).returncode  # noqa: E731
+    study = lambda: subprocess.run(["bash", ROOT / "minisiss/study.sh", "mnist", "data"], cwd=tmp_path, env=environment).returncode  # noqa: E731
 
     assert study() == 130
     calls = (tmp_path / "calls").read_text().splitlines()

@@ -2,9 +2,9 @@
 # The study behind the README's table: the base model, the model retrained without the T-shirt, every method with three
 # seeds, and the comparison.
 #
-#     ./study.sh                  on mnist-small, with the bundled model as the base: hours on two CPU cores
-#     ./study.sh mnist            on the paper's model, everything from the start: for a GPU
-#     ./study.sh mnist ROOT       with MNIST and FashionMNIST in ROOT instead of data/, where they are downloaded to
+#     bash minisiss/study.sh                  on mnist-small, with the bundled model as the base: hours on two CPU cores
+#     bash minisiss/study.sh mnist            on the paper's model, everything from the start: for a GPU
+#     bash minisiss/study.sh mnist ROOT       with MNIST and FashionMNIST in ROOT instead of data/, where they are downloaded to
 #
 # Ctrl-C stops it. Started again, it leaves alone what is finished and goes on with what was stopped.
 set -euo pipefail
@@ -12,7 +12,7 @@ set -euo pipefail
 preset=${1:-mnist-small}
 root=${2:-data}
 study=runs/study-$preset
-here=$(dirname "$0")
+here=$(dirname "$0")/..
 
 once() { # once SCRIPT DIRECTORY FLAGS…: start the run in this directory, or go on with it, unless it is finished
     if [ -e "$2/done" ]; then return; fi
