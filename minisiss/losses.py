@@ -126,7 +126,7 @@ def siss_no_is(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
 def erasediff(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
     """EraseDiff: keep L_{X∖A}; pull the prediction on the forget set to noise, ‖u − ε_θ(a_t, t)‖² with u ~ U(0, 1).
 
-    Here the forget term is descended on too, by its own rule: see `minisiss.unlearning.erasediff_coefficient`.
+    Here the forget term is descended on too, by its own rule: see `minisiss.unlearning.erasediff_rule`.
     """
     keep = epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule)
     a_t = schedule.add_noise(batch.a, batch.noise, batch.timesteps)

@@ -1,4 +1,4 @@
-"""The importance weights and the mixture (DESIGN of the method: losses.py); what the losses add up to is in test_derivations.py."""
+"""The importance weights and the mixture; what the losses add up to is in test_derivations.py."""
 
 import pytest
 import torch
