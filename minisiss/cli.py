@@ -20,6 +20,9 @@ PRESETS: dict[str, dict[str, dict]] = {
         # A step draws x from X and so descends on A a little too: it takes c > 1 to subtract more than that, and here
         # c is about 1 at ρ = 0.5 (and 0.1 to 0.6 at ρ = 0.1, with which the T-shirt stays).
         "unlearn": dict(steps=60, batch_size=64, lr=1e-4, grad_ratio=0.5),
+        # At 1e-4 these two wreck the digits within 10 steps.
+        "unlearn neggrad": dict(lr=1e-5),
+        "unlearn erasediff": dict(lr=1e-5),
     },
     # The paper's MNIST model, for a GPU.
     "mnist": {
