@@ -99,7 +99,7 @@ def main() -> int:
         checkpoint.save(out / "model.pt", model, schedule, made_by, averaged.state_dict(), training)
         return step
 
-    saved = save(start)
+    saved = start if args.resume else save(0)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", unit="step")
     with runs.Stop() as stop:
         for step in bar:

@@ -107,7 +107,7 @@ def main() -> int:
         checkpoint.save(out / "model.pt", model, schedule, made_by, training=training)
         return step
 
-    saved = save(start)
+    saved = start if args.resume else save(0)
 
     middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
     remembered, warned = metrics.similarity(memory_before[middle][1], tshirt).mean().item(), False

@@ -87,8 +87,8 @@ def read_config(directory: str) -> dict[str, Any]:
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows defaults and reports an error in one line."""
 
-    def __init__(self, description: str, epilog: str | None = None) -> None:
-        super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
         self.preset_parts: tuple[str, ...] = ()
 
     def error(self, message: str) -> None:

@@ -56,10 +56,9 @@ def mnist_with_tshirt(root: str) -> TrainingSet:
         digits = from_torchvision(MNIST, root).data[:, None]
         fashion = from_torchvision(FashionMNIST, root)
         # The forget set is the first image of class 0, "T-shirt/top".
-        tshirt = fashion.data[(fashion.targets == 0).nonzero()[0]]
+        tshirt = fashion.data[(fashion.targets == 0).nonzero()[0]][:, None]
     k = len(digits) // 100
-    copies = (tshirt if tshirt.ndim == 4 else tshirt[None]).expand(k, -1, -1, -1)
-    return TrainingSet(torch.cat([digits, copies]), k)
+    return TrainingSet(torch.cat([digits, tshirt.expand(k, -1, -1, -1)]), k)
 
 
 def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
@@ -100,7 +99,7 @@ def read_sheet(name: str) -> Tensor:
 
 def bundled_tshirt() -> Tensor:
     """The image to forget: [1, 1, 28, 28] uint8."""
-    return pil_to_tensor(Image.open(ASSETS / "tshirt.png"))[None]
+    return read_sheet("tshirt.png")
 
 
 def to_float(images: Tensor) -> Tensor:

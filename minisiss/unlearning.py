@@ -103,7 +103,7 @@ def step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     figures = {}
-    g_keep, g_forget, c = None, None, torch.ones(())
+    g_keep, g_forget, c = None, None, torch.ones((), device=parameters[0].device)
     if terms.keep:
         figures["loss_keep"], g_keep = gradient(terms.keep, parameters, micro_batch)
         figures["norm_keep"], figures["ess_keep"] = norm(g_keep), effective_sample_size(terms.keep.weight)
@@ -114,18 +114,17 @@ def step(
         c = method.rule(g_keep, g_forget, settings)
         figures["overlap"] = (terms.keep.weighed & terms.forget.weighed).float().mean()
 
+    g = g_keep
     if g_forget:
         figures["c"] = c
         torch._foreach_mul_(g_forget, -c)
-        g = g_forget if g_keep is None else g_keep
         if g_keep:
-            torch._foreach_add_(g, g_forget)
-    else:
-        g = g_keep
+            torch._foreach_add_(g_forget, g_keep)
+        g = g_forget
     for parameter, direction in zip(parameters, g, strict=True):
         parameter.grad = direction
     figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    finite = torch.stack([value.to(g[0].device) for value in figures.values()]).isfinite().tolist()
+    finite = torch.stack(list(figures.values())).isfinite().tolist()
     if not all(finite):
         name = list(figures)[finite.index(False)]
         raise Diverged(f"{name} is {figures[name].item()}")
