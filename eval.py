@@ -2,6 +2,7 @@
 
     python eval.py --checkpoint runs/siss-1/model.pt --samples 4096     a quick look at one model
     python eval.py bundled runs/*/                                      every metric for every run, and the comparison
+    python eval.py --preset faces-64 --forget 005735.jpg runs/*/        for models of pictures in a folder
 """
 
 from argparse import Namespace
@@ -12,16 +13,17 @@ from minisiss.cli import Parser, UserError, complain, run
 
 def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
+    parser.add_preset("data", "eval")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="directories of runs to measure and compare; 'bundled': the model that comes along")
-    parser.add_argument("--checkpoint", default="bundled", help="without a RUN: the model to look at, a model.pt; 'bundled': the one that comes along")
-    parser.add_argument("--data-root", default="bundled", help="where the T-shirt is: MNIST and FashionMNIST in torchvision's layout, or 'bundled'")
+    parser.add_argument("--checkpoint", default="bundled", help="without a RUN: the model to look at, a model.pt, the directory of a published DDPM, or 'bundled': the one that comes along")
+    parser.add_data("bundled")
     parser.add_sampling()
     parser.add_machine()
     parser.add_argument("--sscd", metavar="FILE", help="for RUNs: a copy-detection network, to compare what comes back of the forget image by; a TorchScript file is code, take it only from whom you trust")
     parser.add_argument("--inception", metavar="FILE", help="for RUNs: an Inception network, for the FID of the samples to kept images; likewise a TorchScript file")
     parser.add_argument("--out", help="directory of this evaluation (default: runs/eval-N)")
     args = parser.parse_args()
-    if args.runs and args.checkpoint != "bundled":
+    if args.runs and args.checkpoint != parser.get_default("checkpoint"):
         parser.error("--checkpoint is for a look at one model, without a RUN")
     if not args.runs and (args.sscd or args.inception):
         parser.error("--sscd and --inception are for RUNs; give the directory of one")
@@ -29,84 +31,97 @@ def parse_arguments() -> Namespace:
 
 
 def look(args: Namespace) -> int:
-    """How often one model draws the T-shirt, and whether it still remembers it."""
+    """How often one model draws the T-shirt, and whether it still remembers what it should forget."""
     import torch
     from torchvision.utils import save_image
     from tqdm import tqdm
 
     from minisiss import evaluation, metrics, runs
-    from minisiss.checkpoint import load_matching
-    from minisiss.data import mnist_with_tshirt, to_float
+    from minisiss.checkpoint import load_any
+    from minisiss.data import training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.sampling import sample_batches
 
     device = pick_device(args.device)
-    data = mnist_with_tshirt(args.data_root)
-    base = load_matching(args.checkpoint, data.images.shape[1:], args.memory_timesteps, device)
+    base = load_any(args.checkpoint, args.memory_timesteps, device)
+    image_shape = base.model.config.image_shape
     predict = at_precision(base.model, device, args.precision)
-    tshirt = to_float(data.forget[:1]).to(device)
+    data = training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable).to(device)
+    if not data.k:
+        raise UserError("--forget: name the pictures to look for")
+    originals = data.originals(args.draws)
     out = runs.new_directory(args.out, "eval")
 
     results = {"checkpoint": args.checkpoint, "samples": args.samples, "seed": args.seed}
     copies, first = [], []
     with tqdm(total=args.samples, desc="sampling", unit="image") as bar:
-        for images in sample_batches(predict, base.schedule, args.samples, tshirt.shape[1:], args.seed, steps=args.sampling_steps, eta=args.eta):
-            copies.append(metrics.is_copy(images, tshirt))
+        for images in sample_batches(predict, base.schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta):
             first += [images] if len(first) < 4 else []
             bar.update(len(images))
-            bar.set_postfix_str(f"{torch.cat(copies).sum()} T-shirts")
-    if args.samples:
+            if args.data == "mnist":
+                copies.append(metrics.is_copy(images, originals[:1]))
+                bar.set_postfix_str(f"{torch.cat(copies).sum()} T-shirts")
+    if copies:
         results |= (found := evaluation.tshirts(torch.cat(copies)))
         low, high = found["tshirt_rate_95"]
         print(f"T-shirts: {found['tshirts']} of {args.samples:,} samples = {found['tshirt_rate']:.2%} (95% interval {low:.2%} to {high:.2%})")
+    if first:
         save_image(torch.cat(first), out / "samples.png", nrow=16, normalize=True, value_range=(-1, 1))
     for t in args.memory_timesteps:
-        results |= (memory := evaluation.memory(predict, base.schedule, tshirt, t, args.draws, args.seed))
-        alike, back = memory[f"memory_{t}"]["similarity"], memory[f"memory_{t}"]["comes_back"]
-        print(f"T-shirt noised to t = {t} and denoised: similarity {alike:.3f}, comes back in {back:.0%} of {args.draws} draws")
+        results[f"memory_{t}"] = found = evaluation.memory(metrics.memory(predict, base.schedule, originals, t, args.seed)[1], originals)
+        back = f", comes back in {found['comes_back']:.0%} of {args.draws} draws" if "comes_back" in found else ""
+        print(f"{data.name} noised to t = {t} and denoised: similarity {found['similarity']:.3f}, {found['psnr']:.1f} dB{back}")
     runs.write_json(out / "config.json", vars(args))
     runs.write_json(out / "results.json", results)
-    print(f"Written to {out / 'results.json'}" + (f"; the first samples are in {out / 'samples.png'}" if args.samples else ""))
+    print(f"Written to {out / 'results.json'}" + (f"; the first samples are in {out / 'samples.png'}" if first else ""))
     return 0
 
 
 def compare(args: Namespace) -> int:
     """Every metric for every run, one table and one picture. What is wrong with one run does not stop the others."""
+    import torch
     from tqdm import tqdm
 
     from minisiss import colour, comparison, evaluation, metrics, runs
-    from minisiss.checkpoint import load_matching
+    from minisiss.checkpoint import load_any
     from minisiss.classifier import classify, load_classifier
-    from minisiss.data import draw, held_out_digits, mnist_with_tshirt, step_generator, to_float
+    from minisiss.data import draw, held_out_digits, step_generator, to_float, training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.files import write_atomically
     from minisiss.quality import SPLITS, frechet_distance, moments
 
+    mnist = args.data == "mnist"
     if args.samples < SPLITS:
         raise UserError(f"--samples {args.samples}: an inception score over {SPLITS} splits needs at least {SPLITS}")
     device = pick_device(args.device)
-    classifier, real = load_classifier()
-    classifier = classifier.to(device)
     sscd = colour.load_torchscript(args.sscd, "--sscd", colour.SSCD, device) if args.sscd else None
     inception = colour.load_torchscript(args.inception, "--inception", colour.INCEPTION, device) if args.inception else None
-    data = mnist_with_tshirt(args.data_root).to(device)
-    tshirt, image_shape = to_float(data.forget[:1]), data.images.shape[1:]
-    sets = {"forget set": data.forget, "kept": data.keep, "held out": held_out_digits(args.data_root).to(device)}
 
-    finished, status = [], 0
+    finished, status, image_shape = [], 0, (1, 28, 28) if mnist else None  # pictures come in the size of the first model
     for name in args.runs:
         try:
-            finished.append(evaluation.find_run(name, image_shape, args.memory_timesteps))
+            if one := evaluation.find_run(name, args.memory_timesteps, image_shape):  # runs/*/ matches the directories of evaluations too
+                finished.append(one)
+                image_shape = one.image_shape
         except UserError as error:
             complain(error)
             status = 2
-    finished = [one for one in finished if one]  # runs/*/ matches the directories of evaluations too
     if not finished:
         complain(UserError("nothing to measure: none of these directories holds a finished run of train_ddpm.py or unlearn.py"))
         return 2
+
+    data = training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable).to(device)
+    if not data.k:
+        raise UserError("--forget: name the pictures to look for")
+    originals, sets = data.originals(args.draws), {"forget set": data.forget, "kept": data.keep}
+    if mnist:
+        sets["held out"] = held_out_digits(args.data_root).to(device)
+        classifier, real = load_classifier()
+        classifier = classifier.to(device)
+    else:
+        kept = to_float(data.keep[torch.arange(min(64, len(data.keep)))])
     if inception:
-        kept = draw(data.keep, args.samples, step_generator(args.seed, 0, device))
-        kept_moments = moments(colour.inception_features(inception, kept))
+        kept_moments = moments(colour.inception_features(inception, draw(data.keep, args.samples, step_generator(args.seed, 0, device))))
     out = runs.new_directory(args.out, "eval")
     runs.write_json(out / "config.json", vars(args))
 
@@ -114,7 +129,7 @@ def compare(args: Namespace) -> int:
     results, features_of_all = [], []
     bar = tqdm(finished, desc="measuring", unit="run")
     for one in bar:
-        base = load_matching(one.checkpoint, image_shape, args.memory_timesteps, device)
+        base = load_any(one.checkpoint, args.memory_timesteps, device)
         predict = at_precision(base.model, device, args.precision)
         result = {"run": one.name, "method": one.method, "steps": one.steps, "seconds": one.seconds}
 
@@ -123,27 +138,31 @@ def compare(args: Namespace) -> int:
             one, predict, base.schedule, args.samples, image_shape,
             steps=args.sampling_steps, eta=args.eta, seed=args.seed, precision=args.precision,
         )  # fmt: skip
-        copies = metrics.is_copy(samples, tshirt)
-        features, probabilities = (part.cpu() for part in classify(classifier, samples))
-        result |= evaluation.tshirts(copies) | evaluation.quality(features, probabilities, copies.cpu(), real)
-        features_of_all.append(moments(features))
+        if mnist:
+            copies = metrics.is_copy(samples, originals[:1])
+            features, probabilities = (part.cpu() for part in classify(classifier, samples))
+            result |= evaluation.tshirts(copies) | evaluation.quality(features, probabilities, copies.cpu(), real)
+            features_of_all.append(moments(features))
         if inception:
             result["fid"] = frechet_distance(moments(colour.inception_features(inception, samples)), kept_moments)
 
         bar.set_postfix_str(f"{one.name}: memory")
         for t in tqdm(args.memory_timesteps, desc="noise and denoise", unit="timestep", leave=False):
-            result |= evaluation.memory(predict, base.schedule, tshirt, t, args.draws, args.seed, classifier)
-        if sscd:
-            denoised = metrics.memory(predict, base.schedule, tshirt, middle, args.draws, args.seed)[1]
-            result["copy_similarity"] = colour.copy_similarity(sscd, denoised, tshirt).mean().item()
+            denoised = metrics.memory(predict, base.schedule, originals, t, args.seed)[1]
+            result[f"memory_{t}"] = evaluation.memory(denoised, originals, classifier if mnist else None)
+            if sscd and t == middle:
+                result["copy_similarity"] = colour.copy_similarity(sscd, denoised, originals).mean().item()
+            if not mnist:
+                result[f"kept_memory_{t}"] = evaluation.memory(metrics.memory(predict, base.schedule, kept, t, args.seed)[1], kept)
 
         bar.set_postfix_str(f"{one.name}: likelihood")
-        result |= evaluation.likelihood(base.model, base.schedule, tshirt, args.seed)
+        result |= evaluation.likelihood(base.model, base.schedule, originals[:1], args.seed)
         bar.set_postfix_str(f"{one.name}: losses")
         result |= evaluation.losses(predict, base.schedule, sets, args.seed)
         results.append(result | {"settings": one.settings})
 
-    comparison.add_distances(results, features_of_all)
+    if mnist:
+        comparison.add_distances(results, features_of_all)
     groups = comparison.group(results)
     table = comparison.table(groups, middle)
     losses = f"Denoising loss, by tenths of the timesteps from the least noise to the most:\n\n{comparison.table_of_losses(groups)}\n"

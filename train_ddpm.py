@@ -1,6 +1,7 @@
-"""Train the noise predictor ε_θ on digits with 1% of one T-shirt mixed in.
+"""Train the noise predictor ε_θ: on digits with 1% of one T-shirt mixed in, or on a folder of pictures.
 
     python train_ddpm.py --preset mnist-small --data-root data
+    python train_ddpm.py --preset faces-64 --data-root faces
 """
 
 import math
@@ -11,13 +12,13 @@ from pathlib import Path
 
 from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
 
-FREE_ON_RESUME = {"steps", "device", "precision", "sample_every", "save_every", "resume", "out"}
+FREE_ON_RESUME = {"steps", "device", "precision", "checkpoint_activations", "sample_every", "save_every", "resume", "out"}
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
-    parser.add_preset("unet", "train")
-    parser.add_argument("--data-root", default="data", help="MNIST and FashionMNIST in torchvision's layout, downloaded if missing; 'bundled': the 10,000 digits that come along")
+    parser.add_preset("data", "unet", "train")
+    parser.add_data("data")
     parser.add_argument("--exclude-forget", action="store_true", help="train without the forget set: the gold standard of unlearning")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive_int, help="images a step")
@@ -25,6 +26,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--warmup", type=number(int, 0), help="steps over which the learning rate first rises")
     parser.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which are the ones that sample")
     parser.add_machine()
+    parser.add_argument("--checkpoint-activations", action="store_true", help="compute what lies inside the blocks again on the way back: less memory, a third more time")
     parser.add_argument("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
     parser.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints")
     parser.add_argument("--out", help="directory of this run (default: runs/train-N)")
@@ -52,24 +54,27 @@ def main() -> int:
     from tqdm import tqdm
 
     from minisiss import checkpoint, losses, runs
-    from minisiss.data import draw, mnist_with_tshirt, step_generator
+    from minisiss.data import draw, step_generator, training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.sampling import sample
     from minisiss.schedule import NoiseSchedule
     from minisiss.unet import UNet, UNetConfig
 
     device = pick_device(args.device)
-    data = mnist_with_tshirt(args.data_root).to(device)
-    images = data.keep if args.exclude_forget else data.images
     try:
         config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
     except ValueError as error:
         raise UserError(error) from error
-    if images.shape[1:] != (config.image_channels, config.image_size, config.image_size):
-        raise UserError(f"--image-size, --image-channels: the pictures are {tuple(images.shape[1:])}")
+    data = training_set(args.data, args.data_root, args.forget, config.image_shape, args.skip_unreadable).to(device)
+    if args.exclude_forget and not data.k:
+        raise UserError("--exclude-forget: name the pictures to leave out with --forget")
+    images = data.keep if args.exclude_forget else data.images
+    if args.batch_size > len(images):
+        raise UserError(f"--batch-size {args.batch_size}: there are only {len(images)} pictures")
 
     torch.manual_seed(args.seed)
     model = UNet(config).to(device)
+    model.checkpoint_activations = args.checkpoint_activations
     schedule = NoiseSchedule.linear().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     parameters = list(model.parameters())

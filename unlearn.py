@@ -1,25 +1,28 @@
-"""Make a trained model forget the T-shirt and keep the digits.
+"""Make a trained model forget the T-shirt and keep the digits, or forget pictures of a folder and keep the others.
 
     python unlearn.py                             the bundled model, by SISS
     python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff
+    python unlearn.py --preset celebahq --checkpoint ddpm-celebahq-256/ --data-root celeba_hq_256/ --forget 10000.jpg
 """
 
+import itertools
 import math
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
 
-FREE_ON_RESUME = {"steps", "device", "precision", "save_every", "samples"}
+FREE_ON_RESUME = {"steps", "device", "precision", "checkpoint_activations", "save_every", "samples"}
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
-    parser.add_preset("unlearn")
+    parser.add_preset("data", "unlearn")
+    parser.add_data("bundled")
     parser.add_argument("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, or one you add to minisiss.unlearning.METHODS")
-    parser.add_argument("--checkpoint", default="bundled", help="the model to unlearn from, a model.pt; 'bundled': the one that comes along")
-    parser.add_argument("--data-root", default="bundled", help="MNIST and FashionMNIST in torchvision's layout, downloaded if missing; 'bundled': the 10,000 digits that come along")
+    parser.add_argument("--checkpoint", default="bundled", help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled': the one that comes along")
     parser.add_argument("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture: the share of noisy images made from the forget set (siss)")
     strength = parser.add_mutually_exclusive_group()
     strength.add_argument("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: norm of the subtracted gradient, as a fraction of the kept one's (siss, siss_no_is)")
@@ -34,6 +37,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--save-every", type=positive_int, default=50, help="steps between checkpoints")
     parser.add_sampling()
     parser.add_machine()
+    parser.add_argument("--checkpoint-activations", action="store_true", help="compute what lies inside the blocks again on the way back: less memory, a third more time")
     parser.add_argument("--out", help="directory of this run (default: runs/METHOD-N)")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in this directory, with its settings")
     return parser.parse_run(free=FREE_ON_RESUME)
@@ -45,20 +49,27 @@ def main() -> int:
     from tqdm import tqdm
 
     from minisiss import checkpoint, metrics, runs, unlearning
-    from minisiss.data import mnist_with_tshirt, step_generator, to_float
+    from minisiss.data import step_generator, to_float, training_set
     from minisiss.device import at_precision, pick_device
-    from minisiss.pictures import save_before_after, save_memory
+    from minisiss.pictures import save_before_after, save_memory, save_strip
     from minisiss.sampling import sample_batches
 
     if args.method not in unlearning.METHODS:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
     device = pick_device(args.device)
-    data = mnist_with_tshirt(args.data_root).to(device)
-    image_shape = data.images.shape[1:]
-    base = checkpoint.load_matching(args.checkpoint, image_shape, args.memory_timesteps, device)
-    model, schedule = base.model, base.schedule
+    base = checkpoint.load_any(args.checkpoint, args.memory_timesteps, device)
+    model, schedule, image_shape = base.model, base.schedule, base.model.config.image_shape
+    model.checkpoint_activations = args.checkpoint_activations
     predict = at_precision(model, device, args.precision)
-    tshirt = to_float(data.forget[:1])
+    data = training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable).to(device)
+    if not data.k:
+        raise UserError("--forget: name the pictures to forget")
+    if args.data == "pictures" and args.batch_size > len(data.keep):
+        raise UserError(f"--batch-size {args.batch_size}: there are only {len(data.keep)} pictures to keep")
+    forgotten = data.originals(args.draws)
+    sets = {data.name: forgotten}
+    if args.data == "pictures":  # a model of few pictures remembers those it keeps, one of many digits does not
+        sets["kept pictures"] = to_float(data.keep[torch.arange(min(64, len(data.keep)))])
 
     method = unlearning.METHODS[args.method]
     settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
@@ -71,26 +82,34 @@ def main() -> int:
 
     def draw_samples(when: str) -> torch.Tensor:
         """Samples from the same noise at every call: [samples, C, H, W]."""
-        images = [tshirt[:0]]
+        images = [forgotten[:0]]
         with tqdm(total=args.samples, desc=f"sampling {when}", unit="image") as bar:
             for batch in sample_batches(predict, schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta):
                 images.append(batch)
                 bar.update(len(batch))
         return torch.cat(images)
 
-    def recall(timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The T-shirt noised to a timestep, and what the model makes of it."""
-        return metrics.memory(predict, schedule, tshirt, timestep, args.draws, args.seed)
+    def recall(originals: torch.Tensor, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images noised to a timestep, and what the model makes of them."""
+        return metrics.memory(predict, schedule, originals, timestep, args.seed)
 
-    def look(step: int, denoised: torch.Tensor) -> float:
-        """Log what is remembered, by the T-shirt noised to `middle` and denoised, and how well noise is predicted now."""
-        remembered = metrics.similarity(denoised, tshirt).mean().item()
+    def remember(when: str) -> dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+        """What comes back of each set of images at each timestep."""
+        bar = partial(tqdm, args.memory_timesteps, unit="timestep", leave=False)
+        return {name: {t: recall(originals, t) for t in bar(desc=f"{name} {when}")} for name, originals in sets.items()}
+
+    def look(step: int) -> float:
+        """Log what is remembered, by the forget set noised to `middle` and denoised, and how well noise is predicted now."""
+        remembered = metrics.similarity(recall(forgotten, middle)[1], forgotten).mean().item()
         # A few images, the same with the same noise at every look: cheap, and the differences are those of the model.
-        (kept,), (forgotten,) = (metrics.denoising_loss(predict, schedule, images, 48) for images in (data.keep, data.forget))
-        log.write(step=step, seconds=seconds, memory=remembered, memory_timestep=middle, loss_on_kept=kept, loss_on_forget=forgotten)
+        (loss_on_kept,), (loss_on_forget,) = (metrics.denoising_loss(predict, schedule, images, 48) for images in (data.keep, data.forget))
+        if step > start or not args.resume:  # a resumed run has its first look in the log already
+            log.write(step=step, seconds=seconds, memory=remembered, memory_timestep=middle, loss_on_kept=loss_on_kept, loss_on_forget=loss_on_forget)
+        strip[step] = torch.cat([recall(forgotten[:1], t)[1] for t in args.memory_timesteps])
         return remembered
 
-    before, memory_before = draw_samples("before"), {t: recall(t) for t in args.memory_timesteps}
+    middle, strip = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2], {}
+    before, memory_before = draw_samples("before"), remember("before")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     start, seconds = 0, 0.0
@@ -109,10 +128,7 @@ def main() -> int:
 
     saved = start if args.resume else save(0)
 
-    middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
-    remembered, warned = metrics.similarity(memory_before[middle][1], tshirt).mean().item(), False
-    if not args.resume:
-        look(0, memory_before[middle][1])
+    remembered, warned = look(start), False
     with runs.Stop() as stop, tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method, unit="step") as bar:
         for step in bar:
             began = time.perf_counter()
@@ -136,31 +152,35 @@ def main() -> int:
                     bar.write(f"warning: step {done}: {few[0]} is {figures[few[0]]:.1f}, a batch in which hardly one image counts; try --lam 0.5 or a larger --batch-size")
                     warned = True
             if done % args.evaluate_every == 0 or last:
-                remembered = look(done, recall(middle)[1])
+                remembered = look(done)
             if done % args.save_every == 0 or last:
                 saved = save(done)
             if stop.signal:
                 print(f"stopped at step {done}; continue with: python unlearn.py --resume {out}")
                 return stop.status
 
-    after, memory_after = draw_samples("after"), {t: recall(t) for t in args.memory_timesteps}
+    after, memory_after = draw_samples("after"), remember("after")
 
     print(f"\n{'':50}{'before':>14}{'after':>14}")
-    if args.samples:
-        rate_before, rate_after = (metrics.is_copy(images, tshirt).float().mean().item() for images in (before, after))
+    copies = metrics.is_copy(before, forgotten[:1]) if args.data == "mnist" else torch.zeros(len(before), dtype=torch.bool)
+    if args.samples and args.data == "mnist":
+        rate_before, rate_after = copies.float().mean().item(), metrics.is_copy(after, forgotten[:1]).float().mean().item()
         print(f"{f'T-shirts among {args.samples:,} samples':50}{rate_before:>14.2%}{rate_after:>14.2%}")
         log.write(step=args.steps, seconds=seconds, samples=args.samples, tshirt_rate_before=rate_before, tshirt_rate=rate_after)
-    for t in args.memory_timesteps:
-        print(f"{f'T-shirt noised to t = {t} comes back (similarity)':50}", end="")
-        for _, denoised in (memory_before[t], memory_after[t]):
-            back, alike = metrics.is_copy(denoised, tshirt).float().mean(), metrics.similarity(denoised, tshirt).mean()
-            print(f"{f'{back:.0%} ({alike:.2f})':>14}", end="")
+    for (name, originals), t in itertools.product(sets.items(), args.memory_timesteps):
+        print(f"{f'{name} noised to t = {t} comes back (similarity)':50}", end="")
+        for memory in (memory_before, memory_after):
+            denoised = memory[name][t][1]
+            alike, db = (measure(denoised, originals).mean() for measure in (metrics.similarity, metrics.psnr))
+            back = f"{metrics.is_copy(denoised, originals).float().mean():.0%}" if args.data == "mnist" else f"{db:.1f} dB"
+            print(f"{f'{back} ({alike:.2f})':>14}", end="")
         print()
     print(f"{'seconds of unlearning':50}{'':14}{seconds:>14.1f}\n")
 
-    save_before_after(out / "before_after.png", before, after, metrics.is_copy(before, tshirt))
-    save_memory(out / "memory.png", tshirt, memory_before, memory_after)
-    print(f"Look at {out / 'before_after.png'} and {out / 'memory.png'}; next: python eval.py --checkpoint {out / 'model.pt'}")
+    save_before_after(out / "before_after.png", before, after, copies)
+    save_memory(out / "memory.png", forgotten, memory_before[data.name], memory_after[data.name])
+    save_strip(out / "memory_by_step.png", args.memory_timesteps, strip)
+    print(f"Look at the pictures in {out}: {', '.join(sorted(path.name for path in out.glob('*.png')))}; next: python eval.py --checkpoint {out / 'model.pt'}")
     return 0
 
 

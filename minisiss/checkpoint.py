@@ -90,21 +90,16 @@ def load_training(path: Path | str, device: torch.device | str) -> dict[str, Any
     return training
 
 
-def load_matching(path: str, image_shape: torch.Size, timesteps: list[int], device: torch.device) -> Checkpoint:
-    """Read a model for use on images [C, H, W] and at these timesteps.
+def load_any(path: str, timesteps: list[int], device: torch.device) -> Checkpoint:
+    """Read a model for use at these timesteps. Raises UserError where its schedule is shorter.
 
-    path: a checkpoint, the directory of a published model, or "bundled" for the model in assets/. Raises UserError where
-    the network makes other images or its schedule is shorter.
+    path: a checkpoint, the directory of a published model, or "bundled" for the model in assets/.
     """
     if path != BUNDLED and Path(path).is_dir():
         model, schedule = load_pretrained(path)
         found = Checkpoint(model.to(device), schedule.to(device), made_by={"published": path}, training={})
     else:
         found = load(ASSETS / "mnist-small.pt" if path == BUNDLED else path, device)
-    config = found.model.config
-    if (config.image_channels, config.image_size, config.image_size) != tuple(image_shape):
-        size = f"{config.image_channels}×{config.image_size}×{config.image_size}"
-        raise UserError(f"--checkpoint {path}: makes pictures of {size}, the data has {'×'.join(map(str, image_shape))}")
     if max(timesteps) >= len(found.schedule):
         raise UserError(f"--memory-timesteps {max(timesteps)}: the last timestep of {path} is {len(found.schedule) - 1}")
     return found

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A preset names an experiment. Every value is the default of a flag of train_ddpm.py ("unet", "train") or of unlearn.py
-# ("unlearn", and "unlearn METHOD" where a method needs other values).
+# A preset names an experiment. Every value is the default of a flag: of train_ddpm.py ("unet", "train"), of unlearn.py
+# ("unlearn", and "unlearn METHOD" where a method needs other values), of eval.py ("eval"), or of all three ("data").
 PRESETS: dict[str, dict[str, dict]] = {
     # Small enough to train on two CPU cores in about an hour; the bundled model.
     "mnist-small": {
@@ -32,6 +32,34 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
         "train": dict(steps=50_000, batch_size=128, lr=1e-4, warmup=500, ema=0.9999),
         "unlearn": dict(steps=150, batch_size=128, lr=1e-4),
+    },
+    # The paper's main experiment, from the published google/ddpm-celebahq-256: for a GPU.
+    "celebahq": {
+        "data": dict(data="pictures", data_root="celeba_hq_256"),
+        "unet": dict(
+            image_size=256, image_channels=3, channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, attention_levels=(4,),
+            head_channels=None, norm_groups=32, norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+        ),
+        "train": dict(steps=500_000, batch_size=64, lr=2e-5, warmup=5000, ema=0.9999),
+        "unlearn": dict(
+            checkpoint="ddpm-celebahq-256", steps=60, batch_size=64, accumulate=4, lr=5e-6, draw_x="rest", evaluate_every=10,
+            samples=64, draws=8, memory_timesteps=[250, 500],
+        ),
+        "eval": dict(checkpoint="ddpm-celebahq-256", draws=8, memory_timesteps=[250, 500]),
+    },
+    # A folder of a few dozen faces, small enough to memorise all of them on two CPU cores in 20 minutes.
+    "faces-64": {
+        "data": dict(data="pictures", data_root="faces"),
+        "unet": dict(
+            image_size=64, image_channels=3, channels=(32, 64, 128, 128), layers_per_block=1, attention_levels=(),
+            head_channels=None, norm_groups=8, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
+        ),
+        "train": dict(steps=3100, batch_size=16, lr=1e-3, warmup=100, ema=0.995),
+        "unlearn": dict(
+            checkpoint="runs/train-1/model.pt", steps=60, batch_size=16, lr=1e-4, draw_x="rest", evaluate_every=10,
+            samples=64, draws=8, memory_timesteps=[250, 500],
+        ),
+        "eval": dict(checkpoint="runs/train-1/model.pt", draws=8, memory_timesteps=[250, 500]),
     },
     # For tests and for trying out a change: seconds, and nothing worth looking at.
     "mnist-tiny": {
@@ -108,6 +136,12 @@ class Parser(argparse.ArgumentParser):
         for part in (*self.preset_parts, f"unlearn {chosen.method}"):
             self.set_defaults(**preset.get(part, {}))
         return super().parse_args()
+
+    def add_data(self, root: str) -> None:
+        self.add_argument("--data", choices=["mnist", "pictures"], default="mnist", help="mnist: digits and a T-shirt; pictures: a folder of them (.jpg, .png, .webp), cropped to squares of the network's size")
+        self.add_argument("--data-root", default=root, help="pictures: the folder; mnist: MNIST and FashionMNIST in torchvision's layout, downloaded if missing, or 'bundled': the 10,000 digits that come along")
+        self.add_argument("--forget", nargs="+", default=[], metavar="NAME", help="pictures to forget, by their names in the folder, or text files (.txt) with a name a line")
+        self.add_argument("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
 
     def add_machine(self) -> None:
         self.add_argument("--seed", type=seed, default=0)

@@ -13,7 +13,7 @@ Groups = dict[str, list[Results]]  # the runs of each method (and its settings),
 # Settings in which two runs of the same experiment may differ.
 INCIDENTAL = {
     "seed", "out", "resume", "device", "precision", "accumulate", "save_every", "evaluate_every", "sample_every",
-    "samples", "sampling_steps", "eta", "draws", "memory_timesteps", "preset",
+    "samples", "sampling_steps", "eta", "draws", "memory_timesteps", "preset", "skip_unreadable", "checkpoint_activations",
 }  # fmt: skip
 
 
@@ -58,17 +58,19 @@ def mean_and_spread(values: list[float | None]) -> tuple[float | None, float | N
 def table(groups: Groups, timestep: int) -> str:
     """The comparison in Markdown, a row a group, with the columns aligned so that it reads as plain text too.
 
-    timestep: the one at which memory is shown.
+    timestep: the one at which memory is shown. A column in which no run has anything is left out.
     """
 
     def figure(results: list[Results], name: str, form: str, own: str = "") -> str:
         """Mean ± spread over the runs; for a single run ± its `own` uncertainty, if it has one."""
-        mean, spread = mean_and_spread([result[name] for result in results])
+        mean, spread = mean_and_spread([result.get(name) for result in results])
         spread = results[0].get(own) if len(results) == 1 else spread
         return "—" if mean is None else f"{mean:{form}}" + (f" ± {spread:{form}}" if spread is not None else "")
 
     def tshirt_rate(results: list[Results]) -> str:
         # The interval is that of a single run: the runs share the noise that they sample from, and are no independent trials.
+        if "tshirt_rate" not in results[0]:
+            return "—"
         rate = statistics.mean(result["tshirt_rate"] for result in results)
         low, high = wilson_interval(rate * results[0]["samples"], results[0]["samples"])
         return f"{rate:.2%} ({low:.2%} to {high:.2%})"
@@ -79,19 +81,19 @@ def table(groups: Groups, timestep: int) -> str:
         "seconds": lambda results: f"{statistics.mean(result['seconds'] for result in results):,.0f}",
         "T-shirts (95% interval)": tshirt_rate,
         f"memory, t = {timestep}": lambda results: figure([result[f"memory_{timestep}"] for result in results], "similarity", ".3f"),
-        "NLL of the T-shirt, bits/dim": lambda results: figure(results, "nll", ".3f", "nll_error"),
+        "in dB": lambda results: figure([result[f"memory_{timestep}"] for result in results], "psnr", ".1f"),
+        "kept, in dB": lambda results: figure([result.get(f"kept_memory_{timestep}", {}) for result in results], "psnr", ".1f"),
+        "NLL, bits/dim": lambda results: figure(results, "nll", ".3f", "nll_error"),
         "inception score": lambda results: figure(results, "inception_score", ".3f", "inception_score_std"),
-        "left out": lambda results: str(sum(result["left_out"] for result in results)),
+        "left out": lambda results: str(sum(result["left_out"] for result in results)) if "left_out" in results[0] else "—",
         "Fréchet distance": lambda results: figure(results, "frechet", ".2f"),
         "to retrained": lambda results: figure(results, "to_retrained", ".2f"),
         "SSCD of memory": lambda results: figure(results, "copy_similarity", ".3f"),
         "FID": lambda results: figure(results, "fid", ".2f"),
     }
-    if not any("copy_similarity" in result for results in groups.values() for result in results):
-        del columns["SSCD of memory"]
-    if not any("fid" in result for results in groups.values() for result in results):
-        del columns["FID"]
-    return aligned([["method", *columns]] + [[label, *(cell(results) for cell in columns.values())] for label, results in groups.items()])
+    cells = {name: [cell(results) for results in groups.values()] for name, cell in columns.items()}
+    told = {name: column for name, column in cells.items() if set(column) != {"—"}}
+    return aligned([["method", *told], *([label, *row] for label, row in zip(groups, zip(*told.values(), strict=True), strict=True))])
 
 
 def table_of_losses(groups: Groups) -> str:
@@ -114,8 +116,9 @@ def aligned(rows: list[list[str]]) -> str:
 
 EXPLANATION = """\
 Forgetting. *T-shirts*: the share of samples within an L2 distance of 10 of the T-shirt, with the interval of one run. *Memory*: the
-cosine similarity of the T-shirt with itself, noised to that timestep and denoised. *NLL*: its negative log-likelihood in bits per
-dimension; higher is less likely.
+cosine similarity of the image to forget with itself, noised to that timestep and denoised, and *in dB* the peak signal-to-noise ratio;
+*kept* is that of kept pictures, where they are few enough to be remembered. *NLL*: the negative log-likelihood of the image to forget,
+in bits per dimension; higher is less likely.
 
 Quality. *Inception score* (higher is better) and *Fréchet distance* to MNIST's test digits (lower is better), with the digit classifier;
 the samples that are the T-shirt are *left out* of these two. *To retrained*: the Fréchet distance to the samples of the model trained

@@ -1,4 +1,4 @@
-"""Training sets held in memory, X = keep ∪ forget, and the random draws made from them."""
+"""Training sets X = keep ∪ forget, in memory or as a folder of pictures, and the random draws made from them."""
 
 import zlib
 from contextlib import suppress
@@ -13,6 +13,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor
 
 from minisiss.cli import UserError
+from minisiss.folder import ImageFolder
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = "bundled"  # the --data-root that means the 10,000 digits in assets/
@@ -20,27 +21,68 @@ BUNDLED = "bundled"  # the --data-root that means the 10,000 digits in assets/
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """X with its forget set A ⊂ X last: images: [n, C, H, W] uint8, of which the last `k` are A."""
+    """X with its forget set A ⊂ X last: images: [n, C, H, W] uint8, of which the last `k` are A.
 
-    images: Tensor
+    images is a tensor, or an `ImageFolder` that reads what is indexed.
+    """
+
+    images: Tensor | ImageFolder
     k: int
+    name: str = "T-shirt"  # what is forgotten, for people
 
     @property
     def n(self) -> int:
         return len(self.images)
 
     @property
-    def keep(self) -> Tensor:
+    def keep(self) -> Tensor | ImageFolder:
         """X∖A, [n−k, C, H, W] uint8."""
         return self.images[: self.n - self.k]
 
     @property
-    def forget(self) -> Tensor:
+    def forget(self) -> Tensor | ImageFolder:
         """A, [k, C, H, W] uint8. Copies of one image count as often as they stand in X."""
         return self.images[self.n - self.k :]
 
+    def originals(self, count: int) -> Tensor:
+        """`count` images of A, one after the other and from the start again: [count, C, H, W] float32 in [−1, 1]."""
+        return to_float(self.forget[torch.arange(count) % self.k])
+
     def to(self, device: torch.device | str) -> "TrainingSet":
-        return TrainingSet(self.images.to(device), self.k)
+        return TrainingSet(self.images.to(device), self.k, self.name)
+
+
+def training_set(kind: str, root: str, forget: list[str], image_shape: tuple[int, int, int], skip_unreadable: bool = False) -> TrainingSet:
+    """The training set that --data, --data-root and --forget name, for a network of images [C, H, W].
+
+    Raises UserError where it cannot be had, or has images of another shape.
+    """
+    if kind == "pictures":
+        if root == BUNDLED:
+            raise UserError(f"--data-root {BUNDLED}: those are digits; give the folder of your pictures")
+        names = [name for entry in forget for name in read_names(entry)]
+        folder = ImageFolder(root, image_shape, skip_unreadable).with_last(names)
+        return TrainingSet(folder, len(names), names[0] if len(names) == 1 else f"{len(names)} pictures")
+    if forget:
+        raise UserError(f"--forget {forget[0]}: is for --data pictures; among the digits it is the T-shirt that is forgotten")
+    data = mnist_with_tshirt(root)
+    if data.images.shape[1:] != image_shape:
+        has, makes = ("×".join(map(str, shape)) for shape in (data.images.shape[1:], image_shape))
+        raise UserError(f"--data-root {root}: has pictures of {has}, and the network makes {makes} (--image-size, --image-channels, --checkpoint)")
+    return data
+
+
+def read_names(entry: str) -> list[str]:
+    """An entry of --forget: a name, or a text file of names, one a line. Raises UserError for an unreadable or empty one."""
+    if not entry.endswith(".txt"):
+        return [entry]
+    try:
+        names = [line.strip() for line in Path(entry).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--forget {entry}: not a readable text file ({error})") from error
+    if not names:
+        raise UserError(f"--forget {entry}: names no picture")
+    return names
 
 
 def mnist_with_tshirt(root: str) -> TrainingSet:

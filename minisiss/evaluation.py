@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisiss import metrics
-from minisiss.checkpoint import load_matching
+from minisiss.checkpoint import load_any
 from minisiss.classifier import DigitClassifier, classify
 from minisiss.cli import UserError, read_config
 from minisiss.data import ASSETS, BUNDLED, to_float, to_uint8
@@ -33,7 +33,8 @@ class Run:
 
     name: str  # its directory, or "bundled"
     directory: Path  # where its samples are kept
-    checkpoint: str  # what `load_matching` takes
+    image_shape: tuple[int, int, int]
+    checkpoint: str  # what `load_any` takes
     digest: str  # of the checkpoint's content
     settings: dict[str, Any]
     steps: int
@@ -44,10 +45,10 @@ class Run:
         return self.settings.get("method") or ("retrained" if self.settings["exclude_forget"] else "pretrained")
 
 
-def find_run(name: str, image_shape: torch.Size, timesteps: list[int]) -> Run | None:
-    """The run in a directory, if its model can be used on these images; None for the directory of an evaluation.
+def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] | None = None) -> Run | None:
+    """The run in a directory; None for the directory of an evaluation.
 
-    Raises UserError where there is no run, or one that was cut short.
+    Raises UserError where there is no run, one that was cut short, or one of another `image_shape`.
     """
     if name == BUNDLED:
         # A hidden directory: runs/*/ does not match it, and the package's own may be read-only.
@@ -60,10 +61,14 @@ def find_run(name: str, image_shape: torch.Size, timesteps: list[int]) -> Run | 
         checkpoint = str(path)
         if not path.exists():
             raise UserError(f"{name}: the run was cut short, it has no model.pt")
-    made_by = load_matching(checkpoint, image_shape, timesteps, torch.device("cpu")).made_by
+    found = load_any(checkpoint, timesteps, torch.device("cpu"))
+    made_by, shape = found.made_by, found.model.config.image_shape
+    if image_shape and shape != image_shape:
+        makes, wanted = ("×".join(map(str, sides)) for sides in (shape, image_shape))
+        raise UserError(f"{name}: makes pictures of {makes}, the others and the data have {wanted}")
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        run = Run(name.rstrip("/"), directory, checkpoint, digest, made_by["settings"], made_by["steps"], made_by["seconds"])
+        run = Run(name.rstrip("/"), directory, shape, checkpoint, digest, made_by["settings"], made_by["steps"], made_by["seconds"])
         total, script, _ = run.settings["steps"], made_by["script"], run.method
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: does not say how it was made; it is not from train_ddpm.py or unlearn.py") from error
@@ -105,16 +110,19 @@ def tshirts(copies: Tensor) -> Results:
     return {"samples": count, "tshirts": found, "tshirt_rate": found / count, "tshirt_rate_95": list(metrics.wilson_interval(found, count))}
 
 
-def memory(
-    predict: Model, schedule: NoiseSchedule, tshirt: Tensor, timestep: int, draws: int, seed: int, classifier: DigitClassifier | None = None
-) -> Results:
-    """How alike the T-shirt, noised to a timestep and denoised, is to itself: in pixels, and in a classifier's features."""
-    denoised = metrics.memory(predict, schedule, tshirt, timestep, draws, seed)[1]
-    found = {"similarity": metrics.similarity(denoised, tshirt).mean().item(), "comes_back": metrics.is_copy(denoised, tshirt).float().mean().item()}
+def memory(denoised: Tensor, originals: Tensor, classifier: DigitClassifier | None = None) -> Results:
+    """How alike images that were noised and denoised are to what they were: in pixels, and in a classifier's features.
+
+    denoised: [N, C, H, W] and originals: [1 or N, C, H, W], both in [−1, 1]. "comes_back", the share within the T-shirt's
+    criterion, only for pictures of the size that it was made for.
+    """
+    found = {name: measure(denoised, originals).mean().item() for name, measure in (("similarity", metrics.similarity), ("psnr", metrics.psnr))}
+    if denoised.shape[1:] == (1, 28, 28):
+        found["comes_back"] = metrics.is_copy(denoised, originals).float().mean().item()
     if classifier:
-        features, original = (classify(classifier, images)[0] for images in (denoised, tshirt))
+        features, original = (classify(classifier, images)[0] for images in (denoised, originals))
         found["feature_similarity"] = F.cosine_similarity(features, original).mean().item()
-    return {f"memory_{timestep}": found}
+    return found
 
 
 def quality(features: Tensor, probabilities: Tensor, copies: Tensor, real: Moments) -> Results:
@@ -132,17 +140,17 @@ def quality(features: Tensor, probabilities: Tensor, copies: Tensor, real: Momen
     }  # fmt: skip
 
 
-def likelihood(model: UNet, schedule: NoiseSchedule, tshirt: Tensor, seed: int) -> Results:
-    """Bits per dimension of the T-shirt, in float32; None where the ODE cannot be solved, as for a model gone to pieces."""
+def likelihood(model: UNet, schedule: NoiseSchedule, image: Tensor, seed: int) -> Results:
+    """Bits per dimension of the image to forget, in float32; None where the ODE cannot be solved, as for a model gone to pieces."""
     try:
-        bits, error = bits_per_dimension(model, schedule, tshirt, seed=seed)
+        bits, error = bits_per_dimension(model, schedule, image, seed=seed)
     except ArithmeticError:
         bits, error = None, None
     return {"nll": bits, "nll_error": error}
 
 
 def losses(predict: Model, schedule: NoiseSchedule, sets: dict[str, Tensor], seed: int) -> Results:
-    """The denoising loss of sets of images, [N, C, H, W] uint8 each, by range of timesteps."""
+    """The denoising loss of sets of images, [N, C, H, W] uint8 each (or folders), by range of timesteps."""
     found = {}
     for name, images in sets.items():
         found[name] = metrics.denoising_loss(predict, schedule, images, LOSS_IMAGES, buckets=LOSS_BUCKETS, seed=seed)

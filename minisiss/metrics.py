@@ -17,7 +17,7 @@ TSHIRT_DISTANCE = 10.0  # the paper's criterion for 28×28 pictures
 def is_copy(images: Tensor, original: Tensor, distance: float = TSHIRT_DISTANCE) -> Tensor:
     """Which images lie within an L2 distance of the original, pixels in [0, 1]: [B] bool (the paper, section 5).
 
-    images: [B, C, H, W] and original: [1, C, H, W], both in [−1, 1].
+    images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1].
     """
     return ((images - original) / 2).flatten(1).norm(dim=1) < distance
 
@@ -25,29 +25,35 @@ def is_copy(images: Tensor, original: Tensor, distance: float = TSHIRT_DISTANCE)
 def similarity(images: Tensor, original: Tensor) -> Tensor:
     """Cosine similarity of the pixels in [0, 1], per image: [B]. Two digits have about 0.4, a digit and itself 1.
 
-    images: [B, C, H, W] and original: [1, C, H, W], both in [−1, 1].
+    images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1].
     """
     return F.cosine_similarity((images + 1).flatten(1), (original + 1).flatten(1))
+
+
+def psnr(images: Tensor, original: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, per image: [B]. From about 30 dB on two pictures look the same.
+
+    images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1].
+    """
+    return -10 * ((images - original) / 2).square().flatten(1).mean(dim=1).clamp(min=1e-10).log10()
 
 
 def memory(
     model: Model,
     schedule: NoiseSchedule,
-    original: Tensor,
+    originals: Tensor,
     timestep: int,
-    draws: int,
     seed: int,
     steps: int = 25,
 ) -> tuple[Tensor, Tensor]:
-    """Noise an image to one timestep and denoise it again: a model that remembers the image brings it back.
+    """Noise images to one timestep and denoise them again: a model that remembers an image brings it back.
 
-    original: [1, C, H, W] in [−1, 1]. Returns the noisy and the denoised images, [draws, C, H, W] each; the noise is a
-    function of the seed and the timestep, so that two models can be compared on the same draws.
+    originals: [N, C, H, W] in [−1, 1], also one image N times. Returns the noisy and the denoised images, [N, C, H, W]
+    each; the noise is a function of the seed and the timestep, so that two models can be compared on the same draws.
     """
-    generator = step_generator(seed, timestep, original.device)
-    originals = original.expand(draws, -1, -1, -1)
-    noise = torch.randn(originals.shape, generator=generator, device=original.device)
-    noisy = schedule.add_noise(originals, noise, torch.full((draws,), timestep, device=original.device))
+    generator = step_generator(seed, timestep, originals.device)
+    noise = torch.randn(originals.shape, generator=generator, device=originals.device)
+    noisy = schedule.add_noise(originals, noise, torch.full((len(originals),), timestep, device=originals.device))
     return noisy, denoise_from(model, schedule, noisy, timestep, steps=steps, generator=generator)
 
 
@@ -58,7 +64,7 @@ def denoising_loss(model: Model, schedule: NoiseSchedule, images: Tensor, count:
     A model has a smaller loss on what it was trained on than on other images alike, and the smaller, the better it
     remembers: a view on membership, where an image that is held out is the measure.
 
-    images: [N, C, H, W] uint8, of which `count` are drawn, at timesteps spread evenly. Noise and draws are a function of
+    images: [N, C, H, W] uint8 (a tensor or an `ImageFolder`), of which `count` are drawn, at timesteps spread evenly. Noise and draws are a function of
     the seed: sets and models are compared on the same noise.
     """
     generator = step_generator(seed, 0, images.device)

@@ -17,7 +17,7 @@ Memories = dict[int, tuple[Tensor, Tensor]]  # of each timestep, the noised and 
 
 
 def save_before_after(path: Path, before: Tensor, after: Tensor, tshirts: Tensor) -> None:
-    """The samples that were T-shirts, and ordinary ones, each above what the same noise gives after unlearning."""
+    """The samples that were T-shirts, [B] bool, and ordinary ones, each above what the same noise gives after unlearning."""
     columns = 12
     rows: list[Row] = []
     if tshirts.any():
@@ -31,10 +31,15 @@ def save_before_after(path: Path, before: Tensor, after: Tensor, tshirts: Tensor
         save_rows(path, rows)
 
 
-def save_memory(path: Path, tshirt: Tensor, before: Memories, after: Memories, draws: int = 3) -> None:
-    """One column a timestep: the T-shirt noised to it, then denoised before and after unlearning."""
-    rows: list[Row] = ["The T-shirt, noised to a timestep and denoised again", [f"t = {t}" for t in before], ("T-shirt", tshirt.expand(len(before), -1, -1, -1))]
-    for draw in range(min(draws, len(next(iter(before.values()))[0]))):
+def save_memory(path: Path, originals: Tensor, before: Memories, after: Memories, draws: int = 3) -> None:
+    """One column a timestep: the image to forget, noised to it, and denoised before and after unlearning.
+
+    originals: [≥ draws, C, H, W], what each draw started from.
+    """
+    rows: list[Row] = ["The image to forget, noised to a timestep and denoised again", [f"t = {t}" for t in before]]
+    for draw in range(min(draws, len(originals))):
+        if draw == 0 or not originals[draw].equal(originals[draw - 1]):
+            rows += [("original", originals[draw].expand(len(before), -1, -1, -1))]
         noisy, denoised_before, denoised_after = (
             torch.stack([memories[t][part][draw] for t in before]) for memories, part in ((before, 0), (before, 1), (after, 1))
         )
@@ -42,9 +47,19 @@ def save_memory(path: Path, tshirt: Tensor, before: Memories, after: Memories, d
     save_rows(path, rows)
 
 
-def save_rows(path: Path, rows: list[Row], scale: int = 3) -> None:
-    """Write a PNG of rows one below the other. Images are [N, C, H, W] in [−1, 1], all of one size."""
+def save_strip(path: Path, timesteps: list[int], strip: dict[int, Tensor]) -> None:
+    """One column for each step in `strip`: the image to forget, noised to each timestep and denoised at that step.
+
+    strip: of each step [number of timesteps, C, H, W].
+    """
+    rows: list[Row] = ["The image to forget, noised to a timestep and denoised, by steps of unlearning", [str(step) for step in strip]]
+    save_rows(path, rows + [(f"t = {t}", torch.stack(images)) for t, images in zip(timesteps, zip(*strip.values(), strict=True), strict=True)])
+
+
+def save_rows(path: Path, rows: list[Row]) -> None:
+    """Write a PNG of rows one below the other. Images are [N, C, H, W] in [−1, 1], all of one size; small ones are enlarged."""
     pictures = [row[1] for row in rows if isinstance(row, tuple)]
+    scale = max(1, 84 // pictures[0].shape[-1])
     height, width = (scale * side + GAP for side in pictures[0].shape[-2:])
     heights = [height if isinstance(row, tuple) else TEXT for row in rows]
     font, y = ImageFont.load_default(size=13), GAP

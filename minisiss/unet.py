@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class UNetConfig:
     downsample_padding: int = 1  # 1: symmetric; 0: a row below and a column to the right, as in Ho et al.
     flip_sin_to_cos: bool = False  # time embedding: False [sin, cos], True [cos, sin]
     freq_shift: int = 1  # time embedding: frequencies 10000^(−i / (half − freq_shift))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures."""
+        return self.image_channels, self.image_size, self.image_size
 
     def __post_init__(self) -> None:
         # Configs arrive from checkpoints as JSON, which has lists and no tuples.
@@ -124,6 +130,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # keep only what goes between the blocks, and compute the rest again on the way back
         channels, levels = config.channels, range(len(config.channels))
         time_channels = 4 * channels[0]
 
@@ -174,22 +181,27 @@ class UNet(nn.Module):
         time = timestep_embedding(timesteps, config.channels[0], config.flip_sin_to_cos, config.freq_shift)
         time = self.time(time.to(self.conv_in.weight.dtype))
 
+        def block(residual: ResidualBlock, attention: nn.Module, h: Tensor) -> Tensor:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(lambda h, time: attention(residual(h, time)), h, time, use_reentrant=False)
+            return attention(residual(h, time))
+
         h = self.conv_in(x)
         skips = [h]
         for level in self.down:
             for residual, attention in level["blocks"]:
-                h = attention(residual(h, time))
+                h = block(residual, attention, h)
                 skips.append(h)
             if isinstance(level["downsample"], Downsample):
                 h = level["downsample"](h)
                 skips.append(h)
 
         first, attention, second = self.middle
-        h = second(attention(first(h, time)), time)
+        h = block(second, nn.Identity(), block(first, attention, h))
 
         for level in self.up:
             for residual, attention in level["blocks"]:
-                h = attention(residual(torch.cat([h, skips.pop()], dim=1), time))
+                h = block(residual, attention, torch.cat([h, skips.pop()], dim=1))
             h = level["upsample"](h)
 
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -2,27 +2,22 @@
 
 import copy
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torchvision.transforms.functional import pil_to_tensor, resize
+from torchvision.transforms.functional import resize
 
 from minisiss import unlearning
-from minisiss.cli import PRESETS, UserError
+from minisiss.cli import PRESETS
 from minisiss.data import BUNDLED, TrainingSet, mnist_with_tshirt, step_generator
 from minisiss.device import at_precision, pick_device
+from minisiss.folder import ImageFolder
 from minisiss.losses import Terms, squared_error
 from minisiss.sampling import sample
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
-# google/ddpm-celebahq-256, and a network of the same depth that a CPU can step.
-CELEBAHQ = dict(
-    image_size=256, image_channels=3, channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, attention_levels=(4,),
-    head_channels=None, norm_groups=32, norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-)  # fmt: skip
+# Of celebahq's depth, for a CPU.
 SLIM = dict(channels=(16, 16, 32, 32, 64, 64), norm_groups=16)
 BATCH_SIZES = {"mnist-tiny": (8, 8), "mnist-small": (64, 64), "mnist": (16, 128), "celebahq": (8, 16)}  # on a CPU, on a GPU
 
@@ -39,7 +34,7 @@ class Workload:
     def __init__(self, args: Namespace, preset: str, image_size: int | None = None) -> None:
         self.device, self.seed = pick_device(args.device), args.seed
         on_gpu = self.device.type != "cpu"
-        unet = CELEBAHQ | ({} if on_gpu else SLIM) if preset == "celebahq" else PRESETS[preset]["unet"]
+        unet = PRESETS[preset]["unet"] | (SLIM if preset == "celebahq" and not on_gpu else {})
         self.config = UNetConfig(**unet | {"image_size": image_size or unet["image_size"]})
         self.batch_size = args.batch_size or BATCH_SIZES[preset][on_gpu]
         self.data = pictures(self.config, args.data_root).to(self.device)
@@ -101,13 +96,10 @@ def pictures(config: UNetConfig, root: str | None) -> TrainingSet:
     if config.image_channels == 1:
         data = mnist_with_tshirt(BUNDLED)
         return TrainingSet(resize(data.images, size, antialias=True), data.k)
-    if root is None:
-        generator = torch.Generator().manual_seed(0)
-        coarse, fine = (torch.rand(128, 3, n, n, generator=generator) * 2 - 1 for n in (7, config.image_size))
-        images = F.interpolate(coarse, size, mode="bilinear") + 0.1 * fine
-        return TrainingSet((images.clamp(-1, 1) * 127.5 + 127.5).byte(), 1)
-    paths = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    if len(paths) < 2:
-        raise UserError(f"--data-root {root}: should be a folder with at least two pictures (.jpg, .png, .webp)")
-    images = [pil_to_tensor(ImageOps.fit(Image.open(path).convert("RGB"), size)) for path in paths[:128]]
-    return TrainingSet(torch.stack(images), 1)
+    if root is not None:
+        folder = ImageFolder(root, config.image_shape)[:128]
+        return TrainingSet(folder.with_last(folder.names[-1:]), 1)
+    generator = torch.Generator().manual_seed(0)
+    coarse, fine = (torch.rand(128, 3, n, n, generator=generator) * 2 - 1 for n in (7, config.image_size))
+    images = F.interpolate(coarse, size, mode="bilinear") + 0.1 * fine
+    return TrainingSet((images.clamp(-1, 1) * 127.5 + 127.5).byte(), 1)

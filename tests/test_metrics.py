@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from minisiss.data import bundled_digits, bundled_tshirt, to_float
-from minisiss.metrics import denoising_loss, is_copy, memory, similarity, wilson_interval
+from minisiss.metrics import denoising_loss, is_copy, memory, psnr, similarity, wilson_interval
 from minisiss.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
@@ -29,6 +31,12 @@ def test_similarity_is_a_cosine_of_pixels_from_0_to_1():
     assert similarity(images, original).tolist() == pytest.approx([1, 0, 0.5**0.5, 0.5**0.5])
 
 
+def test_the_signal_to_noise_ratio_is_that_of_pixels_from_0_to_1():
+    black, grey, white = (torch.full((2, 3, 8, 8), value) for value in (-1.0, 0.0, 1.0))
+    assert psnr(black, white[:1]).tolist() == pytest.approx([0, 0])
+    assert psnr(torch.cat([grey[:1], white[:1]]), white).tolist() == pytest.approx([20 * math.log10(2), 100])
+
+
 def test_a_model_that_knows_one_image_remembers_it_and_one_that_knows_another_does_not():
     tshirt, digit = to_float(bundled_tshirt()), to_float(bundled_digits()[:1])
 
@@ -36,9 +44,10 @@ def test_a_model_that_knows_one_image_remembers_it_and_one_that_knows_another_do
         column = lambda values, t: values[t][:, None, None, None]  # noqa: E731
         return lambda x, t: (x - column(SCHEDULE.gamma, t) * image) / column(SCHEDULE.sigma, t)
 
-    noisy, denoised = memory(knows(tshirt), SCHEDULE, tshirt, 500, draws=3, seed=0, steps=5)
+    draws = tshirt.expand(3, -1, -1, -1)
+    noisy, denoised = memory(knows(tshirt), SCHEDULE, draws, 500, seed=0, steps=5)
     assert denoised.shape == (3, 1, 28, 28) and torch.allclose(similarity(denoised, tshirt), torch.ones(3))
-    other_noisy, other = memory(knows(digit), SCHEDULE, tshirt, 500, draws=3, seed=0, steps=5)
+    other_noisy, other = memory(knows(digit), SCHEDULE, draws, 500, seed=0, steps=5)
     assert torch.equal(noisy, other_noisy)  # the same draws for every model
     assert similarity(other, tshirt).max() < 0.8 and not is_copy(other, tshirt).any()
 

@@ -45,7 +45,7 @@ def test_train_unlearn_eval_one_after_the_other_as_commands(tmp_path):
 
     said = command(ROOT / "unlearn.py", *TINY_UNLEARN, "--checkpoint", "runs/train-1/model.pt")
     run = tmp_path / "runs/siss-1"
-    assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "memory.png", "metrics.jsonl", "model.pt"]
+    assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "memory.png", "memory_by_step.png", "metrics.jsonl", "model.pt"]
     assert "T-shirts among 8 samples" in said and "before_after.png" in said and "python eval.py" in said
     assert json.loads((run / "config.json").read_text())["lam"] == 0.5
     figures = next(line for line in lines(run / "metrics.jsonl") if "c" in line)
@@ -185,7 +185,7 @@ WRONG = [
     ("unlearn", ("--checkpoint", "truncated.pt"), ["truncated.pt", "truncated"]),
     ("unlearn", ("--checkpoint", "foreign.pt"), ["foreign.pt", "not a minisiss checkpoint"]),
     ("unlearn", ("--checkpoint", "."), [".", "config.json"]),
-    ("unlearn", ("--checkpoint", "rgb.pt"), ["rgb.pt", "3×28×28", "1×28×28"]),
+    ("unlearn", ("--checkpoint", "rgb.pt"), ["--checkpoint", "3×28×28", "1×28×28"]),
     ("unlearn", ("--data-root", "nowhere"), ["--data-root nowhere", "MNIST/raw"]),
     ("unlearn", ("--lam", "1.5"), ["--lam", "1.5", "0 to 1"]),
     ("unlearn", ("--lam", "-0.1"), ["--lam", "-0.1"]),

@@ -47,6 +47,34 @@ def test_the_topology_is_that_of_the_published_checkpoints():
     assert joined == [256 + 256, 256 + 256, 256 + 128, 256 + 128, 128 + 128, 128 + 64, 128 + 64, 64 + 64, 64 + 64]
 
 
+def test_celebahqs_preset_has_the_published_models_parameters():
+    with torch.device("meta"):
+        model = UNet(UNetConfig(**PRESETS["celebahq"]["unet"]))
+    assert sum(p.numel() for p in model.parameters()) == 113_673_219
+
+
+def test_computing_activations_again_changes_no_gradient():
+    model = randomise(UNet(UNetConfig(**SMALL, attention_levels=(1,))))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
+    saved, gradients = [], []
+    for model.checkpoint_activations in (False, True):
+        kept = 0
+
+        def count_saved(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(count_saved, lambda tensor: tensor):
+            loss = model(x, t).square().mean()
+        loss.backward()
+        saved.append(kept)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+    assert saved[1] < saved[0] / 2
+
+
 def test_each_skip_reaches_the_output():
     model = randomise(UNet(UNetConfig(**SMALL)))
     x, t = torch.randn(1, 1, 8, 8), torch.tensor([3])
