@@ -8,7 +8,6 @@ import math
 import time
 from argparse import Namespace
 from dataclasses import fields
-from pathlib import Path
 
 from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
 
@@ -83,17 +82,15 @@ def main() -> int:
     predict, predict_averaged = (at_precision(network, device, args.precision) for network in (model, averaged))
     start, seconds = 0, 0.0
 
-    if args.resume:
-        out = Path(args.resume)
+    out = runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, "train")
+    if args.resume and (out / "model.pt").exists():  # a run that was killed early has none
         state = checkpoint.load_training(out / "model.pt", device)
         model.load_state_dict(state["weights"])
         averaged.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
-    else:
-        out = runs.new_directory(args.out, "train")
-        settings = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
-        runs.write_json(out / "config.json", settings)
+    if not args.resume:
+        runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")})
     metrics = runs.Metrics(out, start)
     began = time.perf_counter() - seconds
 
@@ -104,7 +101,7 @@ def main() -> int:
         checkpoint.save(out / "model.pt", model, schedule, made_by, averaged.state_dict(), training)
         return step
 
-    saved = start if args.resume else save(0)
+    saved = start or save(0)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", unit="step")
     with runs.Stop() as stop:
         for step in bar:

@@ -10,7 +10,6 @@ import math
 import time
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
 
@@ -74,10 +73,8 @@ def main() -> int:
     method = unlearning.METHODS[args.method]
     settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
     loss_settings = {name: getattr(settings, name) for name in method.settings}
-    if args.resume:
-        out = Path(args.resume)
-    else:
-        out = runs.new_directory(args.out, args.method)
+    out = runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, args.method)
+    if not args.resume:
         runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")})
 
     def draw_samples(when: str) -> torch.Tensor:
@@ -103,7 +100,7 @@ def main() -> int:
         remembered = metrics.similarity(recall(forgotten, middle)[1], forgotten).mean().item()
         # A few images, the same with the same noise at every look: cheap, and the differences are those of the model.
         (loss_on_kept,), (loss_on_forget,) = (metrics.denoising_loss(predict, schedule, images, 48) for images in (data.keep, data.forget))
-        if step > start or not args.resume:  # a resumed run has its first look in the log already
+        if step > start or start == 0:  # a resumed run has its first look in the log already
             log.write(step=step, seconds=seconds, memory=remembered, memory_timestep=middle, loss_on_kept=loss_on_kept, loss_on_forget=loss_on_forget)
         strip[step] = torch.cat([recall(forgotten[:1], t)[1] for t in args.memory_timesteps])
         return remembered
@@ -113,7 +110,7 @@ def main() -> int:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     start, seconds = 0, 0.0
-    if args.resume:
+    if args.resume and (out / "model.pt").exists():  # a run that was killed early has none
         state = checkpoint.load_training(out / "model.pt", device)
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
@@ -126,7 +123,7 @@ def main() -> int:
         checkpoint.save(out / "model.pt", model, schedule, made_by, training=training)
         return step
 
-    saved = start if args.resume else save(0)
+    saved = start or save(0)
 
     remembered, warned = look(start), False
     with runs.Stop() as stop, tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method, unit="step") as bar:

@@ -164,6 +164,8 @@ class Parser(argparse.ArgumentParser):
         if args.resume is None:
             return args
         config = read_config(args.resume)
+        if "seed" not in config or not config.keys() <= vars(args).keys():
+            raise UserError(f"--resume {args.resume}: that is no run of {self.prog}")
         self.set_defaults(**config)
         args = super().parse_args()
         typed = json.loads(json.dumps(vars(args)))

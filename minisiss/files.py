@@ -9,12 +9,15 @@ from typing import BinaryIO
 from minisiss.cli import UserError
 
 
+UNFINISHED = ".unfinished-"  # how the names of temporary files begin
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Call `write` on a temporary file in the same folder, and put that in the place of `path` when it is on the disk.
 
     Raises UserError when the disk does not take it; the old file is then as it was.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

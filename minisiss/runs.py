@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minisiss.cli import UserError
-from minisiss.files import write_atomically
+from minisiss.files import UNFINISHED, write_atomically
 
 
 def new_directory(out: str | None, name: str) -> Path:
@@ -28,6 +28,14 @@ def new_directory(out: str | None, name: str) -> Path:
             raise UserError(f"--out {path}: no new directory can be made there ({error.strerror})") from error
 
 
+def open_again(directory: str) -> Path:
+    """The directory of a run to continue, without what a killed process left there half written."""
+    path = Path(directory)
+    for unfinished in path.glob(f"{UNFINISHED}*"):
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a readable JSON file, atomically."""
     write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
@@ -40,8 +48,8 @@ class Metrics:
         self.path = directory / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            self.path.write_text("".join(kept))
+            kept = [line for line in lines if start and line.endswith("\n") and json.loads(line)["step"] <= start]
+            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
     def write(self, **record: Any) -> None:
         with self.path.open("a") as file:
