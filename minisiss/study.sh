@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study behind the README's table: the base model, the model retrained without the T-shirt, every method with three
-# seeds, and the comparison.
+# The study behind the README's tables: the base model, the model retrained without the T-shirt, every method with three
+# seeds, SISS with other λ and ρ, and the comparisons.
 #
 #     bash minisiss/study.sh                  on mnist-small, with the bundled model as the base: hours on two CPU cores
 #     bash minisiss/study.sh mnist            on the paper's model, everything from the start: for a GPU
@@ -12,6 +12,7 @@ set -euo pipefail
 preset=${1:-mnist-small}
 root=${2:-data}
 study=runs/study-$preset
+ablation=runs/ablation-$preset
 here=$(dirname "$0")/..
 
 once() { # once SCRIPT DIRECTORY FLAGS…: start the run in this directory, or go on with it, unless it is finished
@@ -31,12 +32,16 @@ if [ "$preset" != mnist-small ]; then
 fi
 once train_ddpm.py "$study/retrained" --preset "$preset" --data-root "$root" --exclude-forget
 
+forget=(--preset "$preset" --data-root "$root" --checkpoint "$base" --samples 0) # eval.py draws the samples
 for seed in 0 1 2; do
     for method in siss siss_no_is naive_deletion neggrad erasediff; do
-        once unlearn.py "$study/$method-$seed" --preset "$preset" --data-root "$root" --checkpoint "$base" --method "$method" --seed "$seed"
+        once unlearn.py "$study/$method-$seed" "${forget[@]}" --method "$method" --seed "$seed"
     done
 done
+for lam in 0 0.1 0.9 1; do once unlearn.py "$ablation/lam-$lam" "${forget[@]}" --lam "$lam"; done
+for rho in 0.01 0.05 0.1 0.3 1; do once unlearn.py "$ablation/rho-$rho" "${forget[@]}" --grad-ratio "$rho"; done
 
-runs=("$study"/*/)
-if [ "$base" = bundled ]; then runs=(bundled "${runs[@]}"); fi
-python "$here/eval.py" "${runs[@]}" --data-root "$root" --samples 4096
+pretrained=()
+if [ "$base" = bundled ]; then pretrained=(bundled); fi
+python "$here/eval.py" "${pretrained[@]}" "$study"/*/ --data-root "$root" --samples 4096
+python "$here/eval.py" "$study/siss-0" "$ablation"/*/ --data-root "$root" --samples 1024
