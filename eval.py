@@ -34,27 +34,30 @@ def look(args: Namespace) -> int:
     from torchvision.utils import save_image
     from tqdm import tqdm
 
-    from minisiss import evaluation, metrics, runs
+    from minisiss import distributed, evaluation, metrics, runs
     from minisiss.checkpoint import load_matching
     from minisiss.data import mnist_with_tshirt, to_float
     from minisiss.device import at_precision, pick_device
     from minisiss.sampling import sample_batches
 
     device = pick_device(args.device)
-    data = mnist_with_tshirt(args.data_root)
+    world = distributed.start(device)
+    data = world.rank_0_first(lambda: mnist_with_tshirt(args.data_root))
     base = load_matching(args.checkpoint, data.images.shape[1:], args.memory_timesteps, device)
     predict = at_precision(base.model, device, args.precision)
     tshirt = to_float(data.forget[:1]).to(device)
-    out = runs.new_directory(args.out, "eval")
+    out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))
 
     results = {"checkpoint": args.checkpoint, "samples": args.samples, "seed": args.seed}
     copies, first = [], []
     with tqdm(total=args.samples, desc="sampling", unit="image") as bar:
-        for images in sample_batches(predict, base.schedule, args.samples, tshirt.shape[1:], args.seed, steps=args.sampling_steps, eta=args.eta):
+        for images in sample_batches(predict, base.schedule, args.samples, tshirt.shape[1:], args.seed, steps=args.sampling_steps, eta=args.eta, world=world):
             copies.append(metrics.is_copy(images, tshirt))
             first += [images] if len(first) < 4 else []
             bar.update(len(images))
             bar.set_postfix_str(f"{torch.cat(copies).sum()} T-shirts")
+    if world.rank > 0:
+        return 0
     if args.samples:
         results |= (found := evaluation.tshirts(torch.cat(copies)))
         low, high = found["tshirt_rate_95"]
@@ -74,7 +77,7 @@ def compare(args: Namespace) -> int:
     """Every metric for every run, one table and one picture. What is wrong with one run does not stop the others."""
     from tqdm import tqdm
 
-    from minisiss import colour, comparison, evaluation, metrics, runs
+    from minisiss import colour, comparison, distributed, evaluation, metrics, runs
     from minisiss.checkpoint import load_matching
     from minisiss.classifier import classify, load_classifier
     from minisiss.data import draw, held_out_digits, mnist_with_tshirt, step_generator, to_float
@@ -85,30 +88,31 @@ def compare(args: Namespace) -> int:
     if args.samples < SPLITS:
         raise UserError(f"--samples {args.samples}: an inception score over {SPLITS} splits needs at least {SPLITS}")
     device = pick_device(args.device)
+    world = distributed.start(device)
     classifier, real = load_classifier()
     classifier = classifier.to(device)
     sscd = colour.load_torchscript(args.sscd, "--sscd", colour.SSCD, device) if args.sscd else None
     inception = colour.load_torchscript(args.inception, "--inception", colour.INCEPTION, device) if args.inception else None
-    data = mnist_with_tshirt(args.data_root).to(device)
+    data = world.rank_0_first(lambda: mnist_with_tshirt(args.data_root)).to(device)
     tshirt, image_shape = to_float(data.forget[:1]), data.images.shape[1:]
     sets = {"forget set": data.forget, "kept": data.keep, "held out": held_out_digits(args.data_root).to(device)}
 
     finished, status = [], 0
     for name in args.runs:
         try:
-            finished.append(evaluation.find_run(name, image_shape, args.memory_timesteps))
+            finished.append(world.on_rank_0(lambda: evaluation.find_run(name, image_shape, args.memory_timesteps)))
         except UserError as error:
-            complain(error)
+            if world.rank == 0:
+                complain(error)
             status = 2
     finished = [one for one in finished if one]  # runs/*/ matches the directories of evaluations too
     if not finished:
-        complain(UserError("nothing to measure: none of these directories holds a finished run of train_ddpm.py or unlearn.py"))
-        return 2
+        raise UserError("nothing to measure: none of these directories holds a finished run of train_ddpm.py or unlearn.py")
     if inception:
         kept = draw(data.keep, args.samples, step_generator(args.seed, 0, device))
         kept_moments = moments(colour.inception_features(inception, kept))
-    out = runs.new_directory(args.out, "eval")
-    runs.write_json(out / "config.json", vars(args))
+    out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))
+    world.on_rank_0(lambda: runs.write_json(out / "config.json", vars(args)))
 
     middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
     results, features_of_all = [], []
@@ -121,7 +125,7 @@ def compare(args: Namespace) -> int:
         bar.set_postfix_str(f"{one.name}: samples")
         samples = evaluation.draw_samples(
             one, predict, base.schedule, args.samples, image_shape,
-            steps=args.sampling_steps, eta=args.eta, seed=args.seed, precision=args.precision,
+            steps=args.sampling_steps, eta=args.eta, seed=args.seed, precision=args.precision, world=world,
         )  # fmt: skip
         copies = metrics.is_copy(samples, tshirt)
         features, probabilities = (part.cpu() for part in classify(classifier, samples))
@@ -143,6 +147,8 @@ def compare(args: Namespace) -> int:
         result |= evaluation.losses(predict, base.schedule, sets, args.seed)
         results.append(result | {"settings": one.settings})
 
+    if world.rank > 0:
+        return 0  # any other status, and torchrun would end rank 0 before it has written the table
     comparison.add_distances(results, features_of_all)
     groups = comparison.group(results)
     table = comparison.table(groups, middle)

@@ -27,7 +27,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--erasediff-eta", type=number(float, 0), default=0.1, help="η of EraseDiff's rule")
     parser.add_argument("--draw-x", choices=["all", "rest"], help="where x is drawn from: all is X, rest is X∖A (default: all for SISS, as in the theory)")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step")
+    parser.add_argument("--batch-size", type=positive_int, help="images a step, of all ranks together")
     parser.add_argument("--accumulate", type=positive_int, default=1, help="parts in which a batch goes through the network: less memory, the same step")
     parser.add_argument("--lr", type=positive, help="learning rate of AdamW")
     parser.add_argument("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
@@ -44,7 +44,7 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
-    from minisiss import checkpoint, metrics, runs, unlearning
+    from minisiss import checkpoint, distributed, metrics, runs, unlearning
     from minisiss.data import mnist_with_tshirt, step_generator, to_float
     from minisiss.device import at_precision, pick_device
     from minisiss.pictures import save_before_after, save_memory
@@ -53,7 +53,8 @@ def main() -> int:
     if args.method not in unlearning.METHODS:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
     device = pick_device(args.device)
-    data = mnist_with_tshirt(args.data_root).to(device)
+    world = distributed.start(device, args.batch_size)
+    data = world.rank_0_first(lambda: mnist_with_tshirt(args.data_root)).to(device)
     image_shape = data.images.shape[1:]
     base = checkpoint.load_matching(args.checkpoint, image_shape, args.memory_timesteps, device)
     model, schedule = base.model, base.schedule
@@ -66,14 +67,14 @@ def main() -> int:
     if args.resume:
         out = Path(args.resume)
     else:
-        out = runs.new_directory(args.out, args.method)
-        runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")})
+        out = world.on_rank_0(lambda: runs.new_directory(args.out, args.method))
+        world.on_rank_0(lambda: runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")}))
 
     def draw_samples(when: str) -> torch.Tensor:
         """Samples from the same noise at every call: [samples, C, H, W]."""
         images = [tshirt[:0]]
         with tqdm(total=args.samples, desc=f"sampling {when}", unit="image") as bar:
-            for batch in sample_batches(predict, schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta):
+            for batch in sample_batches(predict, schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta, world=world):
                 images.append(batch)
                 bar.update(len(batch))
         return torch.cat(images)
@@ -99,12 +100,12 @@ def main() -> int:
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
-    log = runs.Metrics(out, start)
+    log = runs.Metrics(out, start, writes=world.rank == 0)
 
     def save(step: int) -> int:
         made_by = {"script": "unlearn.py", "settings": vars(args), "steps": step, "seconds": seconds, "base": base.made_by}
         training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
-        checkpoint.save(out / "model.pt", model, schedule, made_by, training=training)
+        world.on_rank_0(lambda: checkpoint.save(out / "model.pt", model, schedule, made_by, training=training))
         return step
 
     saved = start if args.resume else save(0)
@@ -120,13 +121,14 @@ def main() -> int:
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x or method.x_from)
             terms = method.loss(predict, batch, schedule, **loss_settings)
             try:
-                figures = unlearning.step(method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate))
+                figures = unlearning.step(method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate), world=world)
             except Diverged as error:
                 raise Diverged(f"step {step + 1}: {error}; {out / 'model.pt'} holds step {saved}, the last good one") from error
             seconds += time.perf_counter() - began
 
             done = step + 1
-            last = done == args.steps or stop.signal
+            signal = world.max(stop.signal or 0)
+            last = done == args.steps or signal
             if done % 10 == 0 or last:
                 figures = {name: value.item() for name, value in figures.items()}
                 bar.set_postfix({"memory": f"{remembered:.2f}", **{name: f"{figures[name]:.3g}" for name in ("ess_keep", "ess_forget", "c") if name in figures}})
@@ -139,11 +141,13 @@ def main() -> int:
                 remembered = look(done, recall(middle)[1])
             if done % args.save_every == 0 or last:
                 saved = save(done)
-            if stop.signal:
+            if signal:
                 print(f"stopped at step {done}; continue with: python unlearn.py --resume {out}")
-                return stop.status
+                return stop.status(signal)
 
     after, memory_after = draw_samples("after"), {t: recall(t) for t in args.memory_timesteps}
+    if world.rank > 0:
+        return 0
 
     print(f"\n{'':50}{'before':>14}{'after':>14}")
     if args.samples:
