@@ -36,31 +36,34 @@ def look(args: Namespace) -> int:
     from torchvision.utils import save_image
     from tqdm import tqdm
 
-    from minisiss import evaluation, metrics, runs
+    from minisiss import distributed, evaluation, metrics, runs
     from minisiss.checkpoint import load_any
     from minisiss.data import training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.sampling import sample_batches
 
     device = pick_device(args.device)
+    world = distributed.start(device)
     base = load_any(args.checkpoint, args.memory_timesteps, device)
     image_shape = base.model.config.image_shape
     predict = at_precision(base.model, device, args.precision)
-    data = training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable).to(device)
+    data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
     if not data.k:
         raise UserError("--forget: name the pictures to look for")
     originals = data.originals(args.draws)
-    out = runs.new_directory(args.out, "eval")
+    out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))
 
     results = {"checkpoint": args.checkpoint, "samples": args.samples, "seed": args.seed}
     copies, first = [], []
     with tqdm(total=args.samples, desc="sampling", unit="image") as bar:
-        for images in sample_batches(predict, base.schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta):
+        for images in sample_batches(predict, base.schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta, world=world):
             first += [images] if len(first) < 4 else []
             bar.update(len(images))
             if args.data == "mnist":
                 copies.append(metrics.is_copy(images, originals[:1]))
                 bar.set_postfix_str(f"{torch.cat(copies).sum()} T-shirts")
+    if world.rank > 0:
+        return 0
     if copies:
         results |= (found := evaluation.tshirts(torch.cat(copies)))
         low, high = found["tshirt_rate_95"]
@@ -82,7 +85,7 @@ def compare(args: Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from minisiss import colour, comparison, evaluation, metrics, runs
+    from minisiss import colour, comparison, distributed, evaluation, metrics, runs
     from minisiss.checkpoint import load_any
     from minisiss.classifier import classify, load_classifier
     from minisiss.data import draw, held_out_digits, step_generator, to_float, training_set
@@ -94,23 +97,24 @@ def compare(args: Namespace) -> int:
     if args.samples < SPLITS:
         raise UserError(f"--samples {args.samples}: an inception score over {SPLITS} splits needs at least {SPLITS}")
     device = pick_device(args.device)
+    world = distributed.start(device)
     sscd = colour.load_torchscript(args.sscd, "--sscd", colour.SSCD, device) if args.sscd else None
     inception = colour.load_torchscript(args.inception, "--inception", colour.INCEPTION, device) if args.inception else None
 
     finished, status, image_shape = [], 0, (1, 28, 28) if mnist else None  # pictures come in the size of the first model
     for name in args.runs:
         try:
-            if one := evaluation.find_run(name, args.memory_timesteps, image_shape):  # runs/*/ matches the directories of evaluations too
+            if one := world.on_rank_0(lambda: evaluation.find_run(name, args.memory_timesteps, image_shape)):  # runs/*/ matches evaluations too
                 finished.append(one)
                 image_shape = one.image_shape
         except UserError as error:
-            complain(error)
+            if world.rank == 0:
+                complain(error)
             status = 2
     if not finished:
-        complain(UserError("nothing to measure: none of these directories holds a finished run of train_ddpm.py or unlearn.py"))
-        return 2
+        raise UserError("nothing to measure: none of these directories holds a finished run of train_ddpm.py or unlearn.py")
 
-    data = training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable).to(device)
+    data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
     if not data.k:
         raise UserError("--forget: name the pictures to look for")
     originals, sets = data.originals(args.draws), {"forget set": data.forget, "kept": data.keep}
@@ -122,8 +126,8 @@ def compare(args: Namespace) -> int:
         kept = to_float(data.keep[torch.arange(min(64, len(data.keep)))])
     if inception:
         kept_moments = moments(colour.inception_features(inception, draw(data.keep, args.samples, step_generator(args.seed, 0, device))))
-    out = runs.new_directory(args.out, "eval")
-    runs.write_json(out / "config.json", vars(args))
+    out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))
+    world.on_rank_0(lambda: runs.write_json(out / "config.json", vars(args)))
 
     middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
     results, features_of_all = [], []
@@ -136,7 +140,7 @@ def compare(args: Namespace) -> int:
         bar.set_postfix_str(f"{one.name}: samples")
         samples = evaluation.draw_samples(
             one, predict, base.schedule, args.samples, image_shape,
-            steps=args.sampling_steps, eta=args.eta, seed=args.seed, precision=args.precision,
+            steps=args.sampling_steps, eta=args.eta, seed=args.seed, precision=args.precision, world=world,
         )  # fmt: skip
         if mnist:
             copies = metrics.is_copy(samples, originals[:1])
@@ -161,6 +165,8 @@ def compare(args: Namespace) -> int:
         result |= evaluation.losses(predict, base.schedule, sets, args.seed)
         results.append(result | {"settings": one.settings})
 
+    if world.rank > 0:
+        return 0  # any other status, and torchrun would end rank 0 before it has written the table
     if mnist:
         comparison.add_distances(results, features_of_all)
     groups = comparison.group(results)

@@ -20,7 +20,7 @@ def parse_arguments() -> Namespace:
     parser.add_data("data")
     parser.add_argument("--exclude-forget", action="store_true", help="train without the forget set: the gold standard of unlearning")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step")
+    parser.add_argument("--batch-size", type=positive_int, help="images a step, of all ranks together")
     parser.add_argument("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
     parser.add_argument("--warmup", type=number(int, 0), help="steps over which the learning rate first rises")
     parser.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which are the ones that sample")
@@ -52,7 +52,7 @@ def main() -> int:
     from torchvision.utils import save_image
     from tqdm import tqdm
 
-    from minisiss import checkpoint, losses, runs
+    from minisiss import checkpoint, distributed, losses, runs
     from minisiss.data import draw, step_generator, training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.sampling import sample
@@ -60,11 +60,12 @@ def main() -> int:
     from minisiss.unet import UNet, UNetConfig
 
     device = pick_device(args.device)
+    world = distributed.start(device, args.batch_size)
     try:
         config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
     except ValueError as error:
         raise UserError(error) from error
-    data = training_set(args.data, args.data_root, args.forget, config.image_shape, args.skip_unreadable).to(device)
+    data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, config.image_shape, args.skip_unreadable)).to(device)
     if args.exclude_forget and not data.k:
         raise UserError("--exclude-forget: name the pictures to leave out with --forget")
     images = data.keep if args.exclude_forget else data.images
@@ -79,10 +80,10 @@ def main() -> int:
     parameters = list(model.parameters())
     averaged = UNet(config).to(device).requires_grad_(False)
     averaged.load_state_dict(model.state_dict())
-    predict, predict_averaged = (at_precision(network, device, args.precision) for network in (model, averaged))
+    predict, predict_averaged = (at_precision(network, device, args.precision) for network in (world.parallel(model), averaged))
     start, seconds = 0, 0.0
 
-    out = runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, "train")
+    out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, "train"))
     if args.resume and (out / "model.pt").exists():  # a run that was killed early has none
         state = checkpoint.load_training(out / "model.pt", device)
         model.load_state_dict(state["weights"])
@@ -90,15 +91,16 @@ def main() -> int:
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
     if not args.resume:
-        runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")})
-    metrics = runs.Metrics(out, start)
+        settings = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
+        world.on_rank_0(lambda: runs.write_json(out / "config.json", settings))
+    metrics = runs.Metrics(out, start, writes=world.rank == 0)
     began = time.perf_counter() - seconds
 
     def save(step: int) -> int:
         seconds = time.perf_counter() - began
         made_by = {"script": "train_ddpm.py", "settings": vars(args), "steps": step, "seconds": seconds}
         training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
-        checkpoint.save(out / "model.pt", model, schedule, made_by, averaged.state_dict(), training)
+        world.on_rank_0(lambda: checkpoint.save(out / "model.pt", model, schedule, made_by, averaged.state_dict(), training))
         return step
 
     saved = start or save(0)
@@ -112,10 +114,12 @@ def main() -> int:
             x = draw(images, args.batch_size, generator)
             timesteps = torch.randint(len(schedule), (len(x),), generator=generator, device=device)
             noise = torch.randn(x.shape, generator=generator, device=device)
+            x, timesteps, noise = map(world.share, (x, timesteps, noise))
             loss = losses.epsilon_matching(predict, x, timesteps, noise, schedule).per_image().mean()
 
             optimizer.zero_grad()
             loss.backward()
+            loss = world.mean(loss)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not torch.isfinite(norm):
                 raise Diverged(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}; {out / 'model.pt'} holds step {saved}, the last good one")
@@ -125,20 +129,21 @@ def main() -> int:
             torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - decay)
 
             done = step + 1
+            signal = world.max(stop.signal or 0)
             if done % 50 == 0 or done == args.steps:
                 rate = (done - start) * args.batch_size / (time.perf_counter() - began - seconds)
                 bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} images/s")
                 metrics.write(step=done, loss=loss.item(), gradient_norm=norm.item(), lr=learning_rate(step, args), seconds=time.perf_counter() - began)
-            if done % args.save_every == 0 or done == args.steps or stop.signal:
+            if done % args.save_every == 0 or done == args.steps or signal:
                 saved = save(done)
-            if done % args.sample_every == 0 or done == args.steps:
+            if world.rank == 0 and (done % args.sample_every == 0 or done == args.steps):
                 generator = torch.Generator(device).manual_seed(args.seed)
                 pictures = sample(predict_averaged, schedule, (64, *images.shape[1:]), generator=generator)
                 save_image(pictures, out / f"samples-{done:06d}.png", nrow=8, normalize=True, value_range=(-1, 1))
-            if stop.signal:
+            if signal:
                 bar.close()
                 print(f"stopped at step {done}; continue with: python train_ddpm.py --resume {out}")
-                return stop.status
+                return stop.status(signal)
 
     print(f"done: {out / 'model.pt'}, samples in {out}/samples-{args.steps:06d}.png; next: python eval.py --checkpoint {out / 'model.pt'}")
     return 0

@@ -29,7 +29,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--erasediff-eta", type=number(float, 0), default=0.1, help="η of EraseDiff's rule")
     parser.add_argument("--draw-x", choices=["all", "rest"], help="where x is drawn from: all is X, rest is X∖A (default: all for SISS, as in the theory)")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step")
+    parser.add_argument("--batch-size", type=positive_int, help="images a step, of all ranks together")
     parser.add_argument("--accumulate", type=positive_int, default=1, help="parts in which a batch goes through the network: less memory, the same step")
     parser.add_argument("--lr", type=positive, help="learning rate of AdamW")
     parser.add_argument("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
@@ -47,7 +47,7 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
-    from minisiss import checkpoint, metrics, runs, unlearning
+    from minisiss import checkpoint, distributed, metrics, runs, unlearning
     from minisiss.data import step_generator, to_float, training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.pictures import save_before_after, save_memory, save_strip
@@ -56,11 +56,12 @@ def main() -> int:
     if args.method not in unlearning.METHODS:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
     device = pick_device(args.device)
+    world = distributed.start(device, args.batch_size)
     base = checkpoint.load_any(args.checkpoint, args.memory_timesteps, device)
     model, schedule, image_shape = base.model, base.schedule, base.model.config.image_shape
     model.checkpoint_activations = args.checkpoint_activations
     predict = at_precision(model, device, args.precision)
-    data = training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable).to(device)
+    data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
     if not data.k:
         raise UserError("--forget: name the pictures to forget")
     if args.data == "pictures" and args.batch_size > len(data.keep):
@@ -73,15 +74,15 @@ def main() -> int:
     method = unlearning.METHODS[args.method]
     settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
     loss_settings = {name: getattr(settings, name) for name in method.settings}
-    out = runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, args.method)
+    out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, args.method))
     if not args.resume:
-        runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")})
+        world.on_rank_0(lambda: runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")}))
 
     def draw_samples(when: str) -> torch.Tensor:
         """Samples from the same noise at every call: [samples, C, H, W]."""
         images = [forgotten[:0]]
         with tqdm(total=args.samples, desc=f"sampling {when}", unit="image") as bar:
-            for batch in sample_batches(predict, schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta):
+            for batch in sample_batches(predict, schedule, args.samples, image_shape, args.seed, steps=args.sampling_steps, eta=args.eta, world=world):
                 images.append(batch)
                 bar.update(len(batch))
         return torch.cat(images)
@@ -115,12 +116,12 @@ def main() -> int:
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
-    log = runs.Metrics(out, start)
+    log = runs.Metrics(out, start, writes=world.rank == 0)
 
     def save(step: int) -> int:
         made_by = {"script": "unlearn.py", "settings": vars(args), "steps": step, "seconds": seconds, "base": base.made_by}
         training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
-        checkpoint.save(out / "model.pt", model, schedule, made_by, training=training)
+        world.on_rank_0(lambda: checkpoint.save(out / "model.pt", model, schedule, made_by, training=training))
         return step
 
     saved = start or save(0)
@@ -133,13 +134,14 @@ def main() -> int:
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x or method.x_from)
             terms = method.loss(predict, batch, schedule, **loss_settings)
             try:
-                figures = unlearning.step(method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate))
+                figures = unlearning.step(method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate), world=world)
             except Diverged as error:
                 raise Diverged(f"step {step + 1}: {error}; {out / 'model.pt'} holds step {saved}, the last good one") from error
             seconds += time.perf_counter() - began
 
             done = step + 1
-            last = done == args.steps or stop.signal
+            signal = world.max(stop.signal or 0)
+            last = done == args.steps or signal
             if done % 10 == 0 or last:
                 figures = {name: value.item() for name, value in figures.items()}
                 bar.set_postfix({"memory": f"{remembered:.2f}", **{name: f"{figures[name]:.3g}" for name in ("ess_keep", "ess_forget", "c") if name in figures}})
@@ -152,11 +154,13 @@ def main() -> int:
                 remembered = look(done)
             if done % args.save_every == 0 or last:
                 saved = save(done)
-            if stop.signal:
+            if signal:
                 print(f"stopped at step {done}; continue with: python unlearn.py --resume {out}")
-                return stop.status
+                return stop.status(signal)
 
     after, memory_after = draw_samples("after"), remember("after")
+    if world.rank > 0:
+        return 0
 
     print(f"\n{'':50}{'before':>14}{'after':>14}")
     copies = metrics.is_copy(before, forgotten[:1]) if args.data == "mnist" else torch.zeros(len(before), dtype=torch.bool)

@@ -2,15 +2,20 @@
 
     python -m minisiss.bench                          three networks; at most about 15 minutes on two CPU cores
     python -m minisiss.bench --presets mnist-small    one of them
+    python -m minisiss.bench --scaling                instead, from one device to several: images a second, efficiency
 
 Three tables a network: a step of every method against one of naive deletion; images a second in training and sampling;
 how a step grows with the batch and with the picture. What is compared takes turns, so that a noisy machine hits all alike.
 """
 
+import json
 import multiprocessing
+import os
 import platform
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
@@ -24,9 +29,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minisiss import unlearning
+from minisiss import distributed, unlearning
 from minisiss.cli import Parser, UserError, positive_int, run
 from minisiss.device import pick_device
+from minisiss.distributed import ALONE, World
 from minisiss.runs import write_json
 from minisiss.workload import BATCH_SIZES, LITERAL, NAIVE, STEPS, Workload
 
@@ -36,7 +42,7 @@ Rows = list[dict[str, Any]]
 Times = dict[tuple, list[float]]
 
 
-def measure(title: str, calls: dict[tuple, Callable[[int], None]], repeats: int, device: torch.device) -> Times:
+def measure(title: str, calls: dict[tuple, Callable[[int], None]], repeats: int, device: torch.device, world: World = ALONE) -> Times:
     """Seconds of each call in each round. The calls take turns; round 0 warms up and is not counted.
 
     There are `repeats` rounds, or as many as end within `SECONDS`, but at least one. SISS is called twice a round and
@@ -59,7 +65,7 @@ def measure(title: str, calls: dict[tuple, Callable[[int], None]], repeats: int,
             call(round)
             if round:
                 times[key].append(clock() - start)
-        if round and (clock() - began) * (round + 2) / (round + 1) > SECONDS:
+        if round and world.max((clock() - began) * (round + 2) / (round + 1) > SECONDS):
             break
     return times
 
@@ -163,6 +169,47 @@ def growth(work: Workload, args: Namespace, preset: str) -> Rows:
     return rows
 
 
+def rates(args: Namespace, preset: str, world: World) -> dict[str, float]:
+    """Images a second of all ranks together: in steps of SISS, and sampled (of which the first 5 steps run)."""
+    work = Workload(args, preset, world=world)
+    batch = world.size * work.batch_size
+    calls = {("siss",): partial(work.step, "siss", batch_size=batch), ("sampling",): partial(work.sample, 5)}
+    rate = {name: batch / median(rounds) for (name,), rounds in measure("rates", calls, args.repeats, work.device, world).items()}
+    return rate | {"sampling": rate["sampling"] * 5 / DDIM_STEPS}
+
+
+def scaling(args: Namespace, presets: list[str], device: torch.device, name: str) -> None:
+    """Weak scaling: the `rates` of 1 to N ranks, GPUs or threads of a CPU, each with a batch of the preset's size.
+
+    Efficiency is the rate of a rank among N over that of a rank among the fewest. torchrun starts each number of ranks, on
+    this same command, which then measures its rates.
+    """
+    if "RANK" in os.environ:
+        world = distributed.start(device)
+        found = {preset: rates(args, preset, world) for preset in presets}
+        return world.on_rank_0(lambda: write_json(Path(args.out), found))
+
+    most = torch.cuda.device_count() if device.type == "cuda" else 2
+    tables = {preset: [] for preset in presets}
+    for ranks in tqdm(sorted(args.scaling) or [*(n for n in (1, 2, 4, 8) if n < most), most], desc="scaling", unit="torchrun"):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rates.json"
+            launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+            command = (sys.executable, *launcher, "-m", "minisiss.bench", *sys.argv[1:], "--out", str(out))
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+            if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode:
+                raise UserError(f"--scaling {ranks}: failed, for the reason above")
+            found = json.loads(out.read_text())
+        for preset, rate in found.items():
+            first = (tables[preset] or [{"ranks": ranks, **rate}])[0]
+            efficiency = {f"efficiency in {what}": rate[what] / ranks / (first[what] / first["ranks"]) for what in rate}
+            tables[preset].append({"ranks": ranks, **rate, **efficiency})
+    for preset, rows in tables.items():
+        print(f"{preset}, images/s of all ranks together:\n")
+        show(rows)
+    write_json(Path(args.out), {"torch": str(torch.__version__), "device": name, "scaling": tables})
+
+
 def show(rows: Rows) -> None:
     """Print a table: a column for each key; lists are for the JSON file only."""
 
@@ -201,6 +248,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=positive_int, default=5, help=f"timed rounds a table, or as many as end within {SECONDS} seconds")
     parser.add_argument("--quick", action="store_true", help="one round, of mnist-tiny unless --presets says otherwise: does it run?")
     parser.add_argument("--batch-size", type=positive_int, help="images a step (default: by preset and machine)")
+    parser.add_argument("--scaling", type=positive_int, nargs="*", metavar="N", help="instead: images a second on so many GPUs, or threads of a CPU (default: 1 to all GPUs; 1 and 2 threads)")
     parser.add_argument("--data-root", metavar="DIR", help="a folder of pictures for celebahq (default: smooth random ones)")
     parser.add_argument("--compile", action=BooleanOptionalAction, help="measure torch.compile too (default: on a GPU only)")
     parser.add_machine()
@@ -210,12 +258,17 @@ def main() -> int:
     device, out = pick_device(args.device), Path(args.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: should be a file, in a directory that exists")
+    presets = args.presets or (["mnist-tiny"] if args.quick else ["mnist-small", "mnist", "celebahq"])
 
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     results = {"torch": str(torch.__version__), "device": name, "presets": {}}
     print(f"torch {torch.__version__}, {name}\n")
-    for preset in args.presets or (["mnist-tiny"] if args.quick else ["mnist-small", "mnist", "celebahq"]):
+    if args.scaling is not None:
+        scaling(args, presets, device, name)
+        print(f"written to {out}")
+        return 0
+    for preset in presets:
         try:
             results["presets"][preset] = benchmark(args, preset)
         except (torch.cuda.OutOfMemoryError, BrokenProcessPool) as error:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,14 +87,35 @@ class Diverged(Exception):
 
 def run(script: Callable[[], int | None]) -> None:
     """Run a script's main function and turn what the user should know into one line and an exit status."""
+    if rank():  # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     try:
-        sys.exit(script())
+        status = script()
+        from minisiss.distributed import leave  # imports torch, as the script has by now
+
+        leave()
+        sys.exit(status)
     except (UserError, Diverged) as error:
+        let_rank_0_speak()
         complain(error)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
-        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        if rank() == 0:
+            print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def let_rank_0_speak() -> None:
+    """On other ranks, wait before an error is said: nearly always rank 0 has met it too, says it and exits, and torchrun
+    then ends this process. If not, it is this rank's own error, and is said."""
+    if rank():
+        time.sleep(10)
 
 
 def complain(error: Exception) -> None:
@@ -122,6 +145,7 @@ class Parser(argparse.ArgumentParser):
         self.preset_parts: tuple[str, ...] = ()
 
     def error(self, message: str) -> None:
+        let_rank_0_speak()
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def add_preset(self, *parts: str) -> None:

@@ -1,5 +1,7 @@
 """Which device to compute on, and in which precision."""
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -8,9 +10,16 @@ from minisiss.schedule import Model
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is a GPU where there is one. Raises UserError for a device this machine does not have."""
+    """"auto" is a GPU where there is one, under torchrun a GPU for each rank.
+
+    Raises UserError for a device this machine does not have, and where the ranks would have to share one.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        if name != "cuda" or ranks > torch.cuda.device_count():
+            raise UserError(f"--device {name}: {ranks} ranks take a GPU each; use --device auto, and no more ranks than GPUs ({torch.cuda.device_count()})")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

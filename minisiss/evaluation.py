@@ -16,6 +16,7 @@ from minisiss.checkpoint import load_any
 from minisiss.classifier import DigitClassifier, classify
 from minisiss.cli import UserError, read_config
 from minisiss.data import ASSETS, BUNDLED, to_float, to_uint8
+from minisiss.distributed import ALONE, World
 from minisiss.files import write_atomically
 from minisiss.likelihood import bits_per_dimension
 from minisiss.quality import SPLITS, Moments, frechet_distance, inception_score, moments
@@ -79,7 +80,7 @@ def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] 
 
 def draw_samples(
     run: Run, predict: Model, schedule: NoiseSchedule, count: int, image_shape: torch.Size, *,
-    steps: int, eta: float, seed: int, precision: str,
+    steps: int, eta: float, seed: int, precision: str, world: World = ALONE,
 ) -> Tensor:  # fmt: skip
     """Samples of a run's model: [count, C, H, W] in [−1, 1], rounded to 8 bits, from the run's directory if they are there.
 
@@ -90,17 +91,23 @@ def draw_samples(
     made_by = json.dumps([run.digest, count, *image_shape, steps, eta, seed, precision, device.type])
     path = run.directory / f"samples-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.pt"
     try:
-        return to_float(torch.load(path, map_location=device, weights_only=True))
+        samples = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # not there, or damaged: a file can fail anywhere in torch's readers
-        pass
+        samples = None
+    if not world.max(samples is None):  # all ranks draw as soon as one of them has to
+        return to_float(samples)
     batches = []
     with tqdm(total=count, desc=f"{run.name}: sampling", unit="image", leave=False) as bar:
-        for images in sample_batches(predict, schedule, count, image_shape, seed, steps=steps, eta=eta):
+        for images in sample_batches(predict, schedule, count, image_shape, seed, steps=steps, eta=eta, world=world):
             batches.append(to_uint8(images).cpu())
             bar.update(len(images))
     samples = torch.cat(batches)
-    run.directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: torch.save(samples, file))
+
+    def keep() -> None:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save(samples, file))
+
+    world.on_rank_0(keep)
     return to_float(samples.to(device))
 
 

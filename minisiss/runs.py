@@ -42,18 +42,22 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the checkpoint it starts from."""
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the checkpoint it starts from.
 
-    def __init__(self, directory: Path, start: int = 0) -> None:
-        self.path = directory / "metrics.jsonl"
-        if self.path.exists():
+    With `writes` false, as on all ranks but one, the file stays as it is.
+    """
+
+    def __init__(self, directory: Path, start: int = 0, *, writes: bool = True) -> None:
+        self.path, self.writes = directory / "metrics.jsonl", writes
+        if writes and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if start and line.endswith("\n") and json.loads(line)["step"] <= start]
             write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
     def write(self, **record: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 class Stop:
@@ -72,7 +76,7 @@ class Stop:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    @property
-    def status(self) -> int:
+    @staticmethod
+    def status(number: int) -> int:
         """The exit status that a shell expects of a program ended by this signal."""
-        return 128 + self.signal
+        return 128 + number

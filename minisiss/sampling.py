@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minisiss.data import step_generator
+from minisiss.distributed import ALONE, World
 from minisiss.schedule import Model, NoiseSchedule
 
 
@@ -81,11 +82,18 @@ def sample_batches(
     batch_size: int = 64,
     steps: int = 50,
     eta: float = 1.0,
+    world: World = ALONE,
 ) -> Iterator[Tensor]:
     """Draw `count` images in batches, each from noise that is a function of the seed and the batch's place.
 
-    So two models are compared on the same noise. Yields [≤ batch_size, C, H, W].
+    So two models are compared on the same noise. The ranks take turns at the batches, and all get all of them, in order.
+    Yields [≤ batch_size, C, H, W].
     """
-    for place, begin in enumerate(range(0, count, batch_size)):
-        shape = (min(batch_size, count - begin), *image_shape)
-        yield sample(model, schedule, shape, steps=steps, eta=eta, generator=step_generator(seed, place, schedule.gamma.device))
+    device = schedule.gamma.device
+    for first in range(0, count, batch_size * world.size):
+        begin = first + batch_size * world.rank
+        images = torch.zeros(batch_size, *image_shape, device=device)  # of one size on all ranks, also where the samples end
+        if (size := min(batch_size, count - begin)) > 0:
+            generator = step_generator(seed, begin // batch_size, device)
+            images[:size] = sample(model, schedule, (size, *image_shape), steps=steps, eta=eta, generator=generator)
+        yield from world.gather(images)[: count - first].split(batch_size)

@@ -16,6 +16,7 @@ from torch import Tensor
 from minisiss import losses
 from minisiss.cli import Diverged
 from minisiss.data import TrainingSet, draw
+from minisiss.distributed import ALONE, World
 from minisiss.losses import Batch, Term, Terms
 from minisiss.schedule import NoiseSchedule
 
@@ -95,9 +96,11 @@ def step(
     *,
     max_norm: float = 1.0,
     micro_batch: int | None = None,
+    world: World = ALONE,
 ) -> dict[str, Tensor]:
     """One optimizer step along g = g_keep − c · g_forget, clipped to `max_norm`.
 
+    The terms are of the whole batch on every rank, which makes the same step, and figures, on all.
     Returns the step's figures as scalar tensors. Raises Diverged, leaving the parameters as they were, when a loss or
     a gradient is not finite.
     """
@@ -105,10 +108,10 @@ def step(
     figures = {}
     g_keep, g_forget, c = None, None, torch.ones((), device=parameters[0].device)
     if terms.keep:
-        figures["loss_keep"], g_keep = gradient(terms.keep, parameters, micro_batch)
+        figures["loss_keep"], g_keep = gradient(terms.keep, parameters, micro_batch, world)
         figures["norm_keep"], figures["ess_keep"] = norm(g_keep), effective_sample_size(terms.keep.weight)
     if terms.forget:
-        figures["loss_forget"], g_forget = gradient(terms.forget, parameters, micro_batch)
+        figures["loss_forget"], g_forget = gradient(terms.forget, parameters, micro_batch, world)
         figures["norm_forget"], figures["ess_forget"] = norm(g_forget), effective_sample_size(terms.forget.weight)
     if terms.keep and terms.forget:
         c = method.rule(g_keep, g_forget, settings)
@@ -133,14 +136,15 @@ def step(
     return figures
 
 
-def gradient(term: Term, parameters: Gradient, micro_batch: int | None = None) -> tuple[Tensor, Gradient]:
+def gradient(term: Term, parameters: Gradient, micro_batch: int | None = None, world: World = ALONE) -> tuple[Tensor, Gradient]:
     """The mean of a term over its batch, and the gradient of that.
 
     Only the images that the term weighs go through the network, at most `micro_batch` at a time, and each pass is freed
     before the next: the cost is 3 units for each image weighed (forward 1, backward 2), where one forward pass with two
-    backward passes costs 5 for each image. The result does not depend on either, up to rounding.
+    backward passes costs 5 for each image. They are shared out to the ranks, as evenly for each term as can be, and added
+    up over them. The result does not depend on any of this, up to rounding.
     """
-    images = term.weighed.nonzero()[:, 0]
+    images = world.share(term.weighed.nonzero()[:, 0])
     value = torch.zeros((), device=images.device)
     for parameter in parameters:
         parameter.grad = None
@@ -152,6 +156,7 @@ def gradient(term: Term, parameters: Gradient, micro_batch: int | None = None) -
     total = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     for parameter in parameters:
         parameter.grad = None
+    world.sum_([value, *total])
     return value, total
 
 

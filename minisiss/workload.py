@@ -11,6 +11,7 @@ from minisiss import unlearning
 from minisiss.cli import PRESETS
 from minisiss.data import BUNDLED, TrainingSet, mnist_with_tshirt, step_generator
 from minisiss.device import at_precision, pick_device
+from minisiss.distributed import ALONE, World
 from minisiss.folder import ImageFolder
 from minisiss.losses import Terms, squared_error
 from minisiss.sampling import sample
@@ -31,8 +32,8 @@ class Workload:
     The learning rate is 0: a step is as much work as any, and leaves the network to the next method as it was.
     """
 
-    def __init__(self, args: Namespace, preset: str, image_size: int | None = None) -> None:
-        self.device, self.seed = pick_device(args.device), args.seed
+    def __init__(self, args: Namespace, preset: str, image_size: int | None = None, world: World = ALONE) -> None:
+        self.device, self.seed, self.world = pick_device(args.device), args.seed, world
         on_gpu = self.device.type != "cpu"
         unet = PRESETS[preset]["unet"] | (SLIM if preset == "celebahq" and not on_gpu else {})
         self.config = UNetConfig(**unet | {"image_size": image_size or unet["image_size"]})
@@ -63,13 +64,13 @@ class Workload:
         if name == LITERAL:
             literal_step(terms, self.optimizer, settings)
         else:
-            unlearning.step(method, terms, self.optimizer, settings)
+            unlearning.step(method, terms, self.optimizer, settings, world=self.world)
 
     def sample(self, calls: int, round: int) -> None:
-        """The first `calls` steps of sampling a batch."""
+        """The first `calls` steps of sampling a batch on every rank."""
         generator = step_generator(self.seed, round, self.device)
         shape = (self.batch_size, *self.data.images.shape[1:])
-        sample(self.predict, self.schedule, shape, steps=calls, eta=0.0, generator=generator)
+        self.world.gather(sample(self.predict, self.schedule, shape, steps=calls, eta=0.0, generator=generator))
 
 
 def literal_step(terms: Terms, optimizer: torch.optim.Optimizer, settings: unlearning.Settings) -> None:
