@@ -52,7 +52,7 @@ def main() -> int:
     from torchvision.utils import save_image
     from tqdm import tqdm
 
-    from minisiss import checkpoint, distributed, losses, runs
+    from minisiss import checkpoint, distributed, losses, runs, unlearning
     from minisiss.data import draw, step_generator, training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.sampling import sample
@@ -124,6 +124,8 @@ def main() -> int:
             if not torch.isfinite(norm):
                 raise Diverged(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}; {out / 'model.pt'} holds step {saved}, the last good one")
             optimizer.step()
+            if not unlearning.norm([p.detach() for p in parameters]).isfinite():
+                raise Diverged(f"step {step + 1}: a parameter is not finite; {out / 'model.pt'} holds step {saved}, the last good one")
             # A young average forgets faster, or it would carry the untrained weights for long.
             decay = min(args.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - decay)

@@ -101,8 +101,8 @@ def step(
     """One optimizer step along g = g_keep − c · g_forget, clipped to `max_norm`.
 
     The terms are of the whole batch on every rank, which makes the same step, and figures, on all.
-    Returns the step's figures as scalar tensors. Raises Diverged, leaving the parameters as they were, when a loss or
-    a gradient is not finite.
+    Returns the step's figures as scalar tensors. Raises Diverged when a loss, an importance weight or a gradient is not
+    finite, leaving the parameters as they were, and when a parameter is not finite after the step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     figures = {}
@@ -133,6 +133,8 @@ def step(
         raise Diverged(f"{name} is {figures[name].item()}")
     optimizer.step()
     optimizer.zero_grad()
+    if not norm([p.detach() for p in parameters]).isfinite():
+        raise Diverged("a parameter is not finite")
     return figures
 
 

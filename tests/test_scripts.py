@@ -170,6 +170,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert kept.training["step"] == 5 and all(p.isfinite().all() for p in kept.model.parameters())
 
 
+def test_a_batch_in_which_hardly_an_image_counts_warns_once(script, tiny_checkpoint):
+    status, said, _ = script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--batch-size", 1, "--steps", 20, "--samples", 0)
+    assert status == 0 and said.count("warning") == 1 and "step 10: ess_keep is 1.0" in said
+    _, said, _ = script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--batch-size", 16, "--steps", 10, "--samples", 0)
+    assert "warning" not in said
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     def fail(dataset):

@@ -130,6 +130,12 @@ def literal_step(model, terms):
     return torch.autograd.grad(loss_keep, parameters, retain_graph=True), torch.autograd.grad(loss_forget, parameters)
 
 
+def test_a_parameter_that_is_no_number_any_more_stops_too():
+    model = TwoParameters()
+    with pytest.raises(Diverged, match="a parameter"):
+        unlearning.step(METHODS["siss"], losses.siss(model, batch(), SCHEDULE), torch.optim.SGD(model.parameters(), lr=math.inf), Settings())
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("config", [dict(image_size=28), dict(image_size=256, image_channels=3, channels=(4,) * 6, norm_groups=2)], ids=["28", "256"])
 def test_leaving_out_images_of_negligible_weight_changes_no_gradient(lam, config):
