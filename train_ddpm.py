@@ -80,10 +80,10 @@ def main() -> int:
 
     if args.resume:
         out = Path(args.resume)
-        state = checkpoint.load_training(out / "model.pt", device)
+        state = checkpoint.load_training(out / "model.pt", model, args.steps)
         model.load_state_dict(state["weights"])
-        averaged.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        averaged.load_state_dict(state["ema"] or state["weights"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         start, seconds = state["step"], state["seconds"]
     else:
         out = runs.new_directory(args.out, "train")

@@ -63,11 +63,15 @@ def main() -> int:
     method = unlearning.METHODS[args.method]
     settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
     loss_settings = {name: getattr(settings, name) for name in method.settings}
+    start, seconds = 0, 0.0
     if args.resume:
         out = Path(args.resume)
+        state = checkpoint.load_training(out / "model.pt", model, args.steps)
+        start, seconds = state["step"], state["seconds"]
     else:
         out = runs.new_directory(args.out, args.method)
         runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")})
+    log = runs.Metrics(out, start)
 
     def draw_samples(when: str) -> torch.Tensor:
         """Samples from the same noise at every call: [samples, C, H, W]."""
@@ -93,13 +97,9 @@ def main() -> int:
     before, memory_before = draw_samples("before"), {t: recall(t) for t in args.memory_timesteps}
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    start, seconds = 0, 0.0
     if args.resume:
-        state = checkpoint.load_training(out / "model.pt", device)
         model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
-    log = runs.Metrics(out, start)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
 
     def save(step: int) -> int:
         made_by = {"script": "unlearn.py", "settings": vars(args), "steps": step, "seconds": seconds, "base": base.made_by}

@@ -16,7 +16,7 @@ from minisiss.checkpoint import load_matching
 from minisiss.classifier import DigitClassifier, classify
 from minisiss.cli import UserError, read_config
 from minisiss.data import ASSETS, BUNDLED, to_float, to_uint8
-from minisiss.files import write_atomically
+from minisiss.files import read_tensors, write_atomically
 from minisiss.likelihood import bits_per_dimension
 from minisiss.quality import SPLITS, Moments, frechet_distance, inception_score, moments
 from minisiss.sampling import sample_batches
@@ -65,6 +65,8 @@ def find_run(name: str, image_shape: torch.Size, timesteps: list[int]) -> Run | 
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         run = Run(name.rstrip("/"), directory, checkpoint, digest, made_by["settings"], made_by["steps"], made_by["seconds"])
         total, script, _ = run.settings["steps"], made_by["script"], run.method
+        if not (type(run.steps) is type(total) is int and type(run.seconds) in (int, float) and isinstance(run.method, str)):
+            raise TypeError
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: does not say how it was made; it is not from train_ddpm.py or unlearn.py") from error
     if run.steps < total:
@@ -85,7 +87,9 @@ def draw_samples(
     made_by = json.dumps([run.digest, count, *image_shape, steps, eta, seed, precision, device.type])
     path = run.directory / f"samples-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.pt"
     try:
-        return to_float(torch.load(path, map_location=device, weights_only=True))
+        samples = read_tensors(path)
+        if (samples.shape, samples.dtype) == ((count, *image_shape), torch.uint8):
+            return to_float(samples.to(device))
     except Exception:  # not there, or damaged: a file can fail anywhere in torch's readers
         pass
     batches = []
