@@ -9,26 +9,26 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
-from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
+from minisiss.cli import Diverged, Parser, UserError, batch_size, filename, number, positive, positive_int, run
 
 FREE_ON_RESUME = {"steps", "device", "precision", "sample_every", "save_every", "resume", "out"}
+MOST_PARAMETERS = 10**9  # with their average, gradients and AdamW's state 20 GB
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
     parser.add_preset("unet", "train")
-    parser.add_argument("--data-root", default="data", help="MNIST and FashionMNIST in torchvision's layout, downloaded if missing; 'bundled': the 10,000 digits that come along")
+    parser.add_argument("--data-root", type=filename, default="data", help="MNIST and FashionMNIST in torchvision's layout, downloaded if missing; 'bundled': the 10,000 digits that come along")
     parser.add_argument("--exclude-forget", action="store_true", help="train without the forget set: the gold standard of unlearning")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step")
+    parser.add_argument("--batch-size", type=batch_size, help="images a step")
     parser.add_argument("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
-    parser.add_argument("--warmup", type=number(int, 0), help="steps over which the learning rate first rises")
+    parser.add_argument("--warmup", type=number(int, 0, 10**9), help="steps over which the learning rate first rises")
     parser.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which are the ones that sample")
     parser.add_machine()
     parser.add_argument("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
     parser.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints")
-    parser.add_argument("--out", help="directory of this run (default: runs/train-N)")
-    parser.add_argument("--resume", metavar="DIR", help="continue the run in this directory, with its settings")
+    parser.add_run("train")
     network = parser.add_argument_group("network")
     network.add_argument("--image-size", type=positive_int)
     network.add_argument("--image-channels", type=positive_int)
@@ -59,12 +59,16 @@ def main() -> int:
     from minisiss.unet import UNet, UNetConfig
 
     device = pick_device(args.device)
-    data = mnist_with_tshirt(args.data_root).to(device)
-    images = data.keep if args.exclude_forget else data.images
     try:
         config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
     except ValueError as error:
         raise UserError(error) from error
+    with torch.device("meta"):  # counts without taking memory
+        count = sum(parameter.numel() for parameter in UNet(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise UserError(f"--channels, --layers-per-block: a network of {count:,} parameters; here it may have {MOST_PARAMETERS:,}")
+    data = mnist_with_tshirt(args.data_root).to(device)
+    images = data.keep if args.exclude_forget else data.images
     if images.shape[1:] != (config.image_channels, config.image_size, config.image_size):
         raise UserError(f"--image-size, --image-channels: the pictures are {tuple(images.shape[1:])}")
 

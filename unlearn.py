@@ -9,7 +9,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
+from minisiss.cli import Diverged, Parser, UserError, batch_size, filename, number, positive, positive_int, run
 
 FREE_ON_RESUME = {"steps", "device", "precision", "save_every", "samples"}
 
@@ -18,8 +18,8 @@ def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
     parser.add_preset("unlearn")
     parser.add_argument("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, or one you add to minisiss.unlearning.METHODS")
-    parser.add_argument("--checkpoint", default="bundled", help="the model to unlearn from, a model.pt; 'bundled': the one that comes along")
-    parser.add_argument("--data-root", default="bundled", help="MNIST and FashionMNIST in torchvision's layout, downloaded if missing; 'bundled': the 10,000 digits that come along")
+    parser.add_argument("--checkpoint", type=filename, default="bundled", help="the model to unlearn from, a model.pt; 'bundled': the one that comes along")
+    parser.add_argument("--data-root", type=filename, default="bundled", help="MNIST and FashionMNIST in torchvision's layout, downloaded if missing; 'bundled': the 10,000 digits that come along")
     parser.add_argument("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture: the share of noisy images made from the forget set (siss)")
     strength = parser.add_mutually_exclusive_group()
     strength.add_argument("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: norm of the subtracted gradient, as a fraction of the kept one's (siss, siss_no_is)")
@@ -27,15 +27,14 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--erasediff-eta", type=number(float, 0), default=0.1, help="η of EraseDiff's rule")
     parser.add_argument("--draw-x", choices=["all", "rest"], help="where x is drawn from: all is X, rest is X∖A (default: all for SISS, as in the theory)")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step")
+    parser.add_argument("--batch-size", type=batch_size, help="images a step")
     parser.add_argument("--accumulate", type=positive_int, default=1, help="parts in which a batch goes through the network: less memory, the same step")
     parser.add_argument("--lr", type=positive, help="learning rate of AdamW")
     parser.add_argument("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
     parser.add_argument("--save-every", type=positive_int, default=50, help="steps between checkpoints")
     parser.add_sampling()
     parser.add_machine()
-    parser.add_argument("--out", help="directory of this run (default: runs/METHOD-N)")
-    parser.add_argument("--resume", metavar="DIR", help="continue the run in this directory, with its settings")
+    parser.add_run("METHOD")
     return parser.parse_run(free=FREE_ON_RESUME)
 
 
