@@ -6,22 +6,21 @@
 """
 
 from argparse import Namespace
-from pathlib import Path
 
-from minisiss.cli import Parser, UserError, complain, run
+from minisiss.cli import Parser, UserError, complain, filename, run
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
     parser.add_preset("data", "eval")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="directories of runs to measure and compare; 'bundled': the model that comes along")
-    parser.add_argument("--checkpoint", default="bundled", help="without a RUN: the model to look at, a model.pt, the directory of a published DDPM, or 'bundled': the one that comes along")
+    parser.add_argument("runs", type=filename, nargs="*", metavar="RUN", help="directories of runs to measure and compare; 'bundled': the model that comes along")
+    parser.add_argument("--checkpoint", type=filename, default="bundled", help="without a RUN: the model to look at, a model.pt, the directory of a published DDPM, or 'bundled': the one that comes along")
     parser.add_data("bundled")
     parser.add_sampling()
     parser.add_machine()
-    parser.add_argument("--sscd", metavar="FILE", help="for RUNs: a copy-detection network, to compare what comes back of the forget image by; a TorchScript file is code, take it only from whom you trust")
-    parser.add_argument("--inception", metavar="FILE", help="for RUNs: an Inception network, for the FID of the samples to kept images; likewise a TorchScript file")
-    parser.add_argument("--out", help="directory of this evaluation (default: runs/eval-N)")
+    parser.add_argument("--sscd", type=filename, metavar="FILE", help="for RUNs: a copy-detection network, to compare what comes back of the forget image by; a TorchScript file is code, take it only from whom you trust")
+    parser.add_argument("--inception", type=filename, metavar="FILE", help="for RUNs: an Inception network, for the FID of the samples to kept images; likewise a TorchScript file")
+    parser.add_argument("--out", type=filename, help="directory of this evaluation (default: runs/eval-N)")
     args = parser.parse_args()
     if args.runs and args.checkpoint != parser.get_default("checkpoint"):
         parser.error("--checkpoint is for a look at one model, without a RUN")

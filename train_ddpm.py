@@ -9,9 +9,10 @@ import time
 from argparse import Namespace
 from dataclasses import fields
 
-from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
+from minisiss.cli import Diverged, Parser, UserError, batch_size, number, positive, positive_int, run
 
 FREE_ON_RESUME = {"steps", "device", "precision", "checkpoint_activations", "sample_every", "save_every", "resume", "out"}
+MOST_PARAMETERS = 10**9  # with their average, gradients and AdamW's state 20 GB
 
 
 def parse_arguments() -> Namespace:
@@ -20,16 +21,15 @@ def parse_arguments() -> Namespace:
     parser.add_data("data")
     parser.add_argument("--exclude-forget", action="store_true", help="train without the forget set: the gold standard of unlearning")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step, of all ranks together")
+    parser.add_argument("--batch-size", type=batch_size, help="images a step, of all ranks together")
     parser.add_argument("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
-    parser.add_argument("--warmup", type=number(int, 0), help="steps over which the learning rate first rises")
+    parser.add_argument("--warmup", type=number(int, 0, 10**9), help="steps over which the learning rate first rises")
     parser.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which are the ones that sample")
     parser.add_machine()
     parser.add_argument("--checkpoint-activations", action="store_true", help="compute what lies inside the blocks again on the way back: less memory, a third more time")
     parser.add_argument("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
     parser.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints")
-    parser.add_argument("--out", help="directory of this run (default: runs/train-N)")
-    parser.add_argument("--resume", metavar="DIR", help="continue the run in this directory, with its settings")
+    parser.add_run("train")
     network = parser.add_argument_group("network")
     network.add_argument("--image-size", type=positive_int)
     network.add_argument("--image-channels", type=positive_int)
@@ -65,6 +65,10 @@ def main() -> int:
         config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
     except ValueError as error:
         raise UserError(error) from error
+    with torch.device("meta"):  # counts without taking memory
+        count = sum(parameter.numel() for parameter in UNet(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise UserError(f"--channels, --layers-per-block: a network of {count:,} parameters; here it may have {MOST_PARAMETERS:,}")
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, config.image_shape, args.skip_unreadable)).to(device)
     if args.exclude_forget and not data.k:
         raise UserError("--exclude-forget: name the pictures to leave out with --forget")
@@ -85,10 +89,10 @@ def main() -> int:
 
     out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, "train"))
     if args.resume and (out / "model.pt").exists():  # a run that was killed early has none
-        state = checkpoint.load_training(out / "model.pt", device)
+        state = checkpoint.load_training(out / "model.pt", model, args.steps)
         model.load_state_dict(state["weights"])
-        averaged.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        averaged.load_state_dict(state["ema"] or state["weights"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         start, seconds = state["step"], state["seconds"]
     if not args.resume:
         settings = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}

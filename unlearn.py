@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from functools import partial
 
-from minisiss.cli import Diverged, Parser, UserError, number, positive, positive_int, run
+from minisiss.cli import Diverged, Parser, UserError, batch_size, filename, number, positive, positive_int, run
 
 FREE_ON_RESUME = {"steps", "device", "precision", "checkpoint_activations", "save_every", "samples"}
 
@@ -21,7 +21,7 @@ def parse_arguments() -> Namespace:
     parser.add_preset("data", "unlearn")
     parser.add_data("bundled")
     parser.add_argument("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, or one you add to minisiss.unlearning.METHODS")
-    parser.add_argument("--checkpoint", default="bundled", help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled': the one that comes along")
+    parser.add_argument("--checkpoint", type=filename, default="bundled", help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled': the one that comes along")
     parser.add_argument("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture: the share of noisy images made from the forget set (siss)")
     strength = parser.add_mutually_exclusive_group()
     strength.add_argument("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: norm of the subtracted gradient, as a fraction of the kept one's (siss, siss_no_is)")
@@ -29,7 +29,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--erasediff-eta", type=number(float, 0), default=0.1, help="η of EraseDiff's rule")
     parser.add_argument("--draw-x", choices=["all", "rest"], help="where x is drawn from: all is X, rest is X∖A (default: all for SISS, as in the theory)")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step, of all ranks together")
+    parser.add_argument("--batch-size", type=batch_size, help="images a step, of all ranks together")
     parser.add_argument("--accumulate", type=positive_int, default=1, help="parts in which a batch goes through the network: less memory, the same step")
     parser.add_argument("--lr", type=positive, help="learning rate of AdamW")
     parser.add_argument("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
@@ -37,8 +37,7 @@ def parse_arguments() -> Namespace:
     parser.add_sampling()
     parser.add_machine()
     parser.add_argument("--checkpoint-activations", action="store_true", help="compute what lies inside the blocks again on the way back: less memory, a third more time")
-    parser.add_argument("--out", help="directory of this run (default: runs/METHOD-N)")
-    parser.add_argument("--resume", metavar="DIR", help="continue the run in this directory, with its settings")
+    parser.add_run("METHOD")
     return parser.parse_run(free=FREE_ON_RESUME)
 
 
@@ -74,9 +73,14 @@ def main() -> int:
     method = unlearning.METHODS[args.method]
     settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
     loss_settings = {name: getattr(settings, name) for name in method.settings}
+    start, seconds, state = 0, 0.0, None
     out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, args.method))
     if not args.resume:
         world.on_rank_0(lambda: runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")}))
+    elif (out / "model.pt").exists():  # a run that was killed early has none
+        state = checkpoint.load_training(out / "model.pt", model, args.steps)
+        start, seconds = state["step"], state["seconds"]
+    log = runs.Metrics(out, start, writes=world.rank == 0)
 
     def draw_samples(when: str) -> torch.Tensor:
         """Samples from the same noise at every call: [samples, C, H, W]."""
@@ -110,13 +114,9 @@ def main() -> int:
     before, memory_before = draw_samples("before"), remember("before")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    start, seconds = 0, 0.0
-    if args.resume and (out / "model.pt").exists():  # a run that was killed early has none
-        state = checkpoint.load_training(out / "model.pt", device)
+    if state:
         model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
-    log = runs.Metrics(out, start, writes=world.rank == 0)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
 
     def save(step: int) -> int:
         made_by = {"script": "unlearn.py", "settings": vars(args), "steps": step, "seconds": seconds, "base": base.made_by}

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from minisiss import distributed, unlearning
-from minisiss.cli import Parser, UserError, positive_int, run
+from minisiss.cli import Parser, UserError, batch_size, filename, number, positive_int, run
 from minisiss.device import pick_device
 from minisiss.distributed import ALONE, World
 from minisiss.runs import write_json
@@ -242,18 +242,22 @@ def benchmark(args: Namespace, preset: str) -> dict[str, Any]:
     return about | {"overlap": shared, "steps": a, "throughput": b, "growth": c}
 
 
-def main() -> int:
+def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--presets", nargs="+", choices=BATCH_SIZES, help="networks (default: mnist-small mnist celebahq; the last is google/ddpm-celebahq-256, an eighth as wide on a CPU)")
     parser.add_argument("--repeats", type=positive_int, default=5, help=f"timed rounds a table, or as many as end within {SECONDS} seconds")
     parser.add_argument("--quick", action="store_true", help="one round, of mnist-tiny unless --presets says otherwise: does it run?")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step (default: by preset and machine)")
-    parser.add_argument("--scaling", type=positive_int, nargs="*", metavar="N", help="instead: images a second on so many GPUs, or threads of a CPU (default: 1 to all GPUs; 1 and 2 threads)")
-    parser.add_argument("--data-root", metavar="DIR", help="a folder of pictures for celebahq (default: smooth random ones)")
+    parser.add_argument("--batch-size", type=batch_size, help="images a step (default: by preset and machine)")
+    parser.add_argument("--scaling", type=number(int, 1, 1024), nargs="*", metavar="N", help="instead: images a second on so many GPUs, or threads of a CPU (default: 1 to all GPUs; 1 and 2 threads)")
+    parser.add_argument("--data-root", type=filename, metavar="DIR", help="a folder of pictures for celebahq (default: smooth random ones)")
     parser.add_argument("--compile", action=BooleanOptionalAction, help="measure torch.compile too (default: on a GPU only)")
     parser.add_machine()
-    parser.add_argument("--out", default="bench.json", help="the JSON file to write")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=filename, default="bench.json", help="the JSON file to write")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
     args.repeats = 1 if args.quick else args.repeats
     device, out = pick_device(args.device), Path(args.out)
     if out.is_dir() or not out.absolute().parent.is_dir():

@@ -1,7 +1,6 @@
 """Checkpoints: one file with the network, its schedule and what made it; and published models (`load_pretrained`)."""
 
-import warnings
-import zipfile
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from torch import Tensor
 
 from minisiss.cli import UserError
 from minisiss.data import ASSETS, BUNDLED
-from minisiss.files import write_atomically
+from minisiss.files import check_tensors, read_tensors, write_atomically
 from minisiss.pretrained import load_pretrained, save_pretrained  # noqa: F401: both kinds of checkpoint, one place to look
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
 FORMAT = "minisiss-1"
+MOST_TIMESTEPS = 100_000
 
 
 @dataclass
@@ -51,42 +51,85 @@ def save(
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint. Raises UserError, naming the file, for anything that is not a whole checkpoint of ours."""
+    """Read a checkpoint, of anyone. Raises UserError, naming the file, for anything that is not a whole checkpoint of ours."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            # Records as torch writes them, uncompressed, so that none claims more memory than the file has bytes; and as
-            # they were written, by their checksums.
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()) or archive.testzip():
-                raise ValueError("damaged")
-            warnings.simplefilter("ignore")  # torch warns on its way to an error of its own; one line is enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
+        state = read_tensors(path)
     except Exception as error:  # a damaged file can fail anywhere in torch's readers
         raise UserError(f"{path}: not a readable checkpoint (truncated, damaged, or of another program)") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if type(state) is not dict or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a minisiss checkpoint (its format is not '{FORMAT}')")
     try:
-        model = UNet(UNetConfig(**state["config"]))
-        model.load_state_dict(state["ema"] or state["weights"])
-        schedule = NoiseSchedule(**state["schedule"])
-        if len({value.shape for value in vars(schedule).values()}) != 1 or not all(0 < v.min() and v.max() < 1 for v in vars(schedule).values()):
-            raise ValueError("the schedule's values should be four rows of equal length between 0 and 1")
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError("some of its weights are not finite")
-        made_by, training = state["made_by"], state["training"]
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: the checkpoint does not fit together: {str(error).splitlines()[0]}") from error
-    if training:
-        training["weights"], training["ema"] = state["weights"], state["ema"]
-    return Checkpoint(model.to(device), schedule.to(device), made_by, training)
+        for part in ("config", "weights", "ema", "schedule", "made_by", "training"):
+            if not isinstance(state.get(part), dict) and not (part == "ema" and state.get(part) is None):
+                raise ValueError(f"its {part} is missing, or no dict")
+        with torch.device("meta"):  # names and shapes only: memory comes when all of them fit
+            model = UNet(UNetConfig(**state["config"]))
+        weights, ema = dict(state["weights"]), dict(state["ema"]) if state.get("ema") else None
+        for tensors in (weights, ema) if ema else (weights,):
+            check_tensors(path, tensors, {name: parameter.shape for name, parameter in model.state_dict().items()})
+        model.to_empty(device=device).load_state_dict(ema or weights)
+        schedule, made_by = checked_schedule(state["schedule"]), checked_origin(state["made_by"])
+        training = state["training"] and {**state["training"], "weights": weights, "ema": ema}
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: the checkpoint does not fit together: {reason}") from error
+    return Checkpoint(model, schedule.to(device), made_by, training)
 
 
-def load_training(path: Path | str, device: torch.device | str) -> dict[str, Any]:
-    """What --resume needs of a checkpoint: weights, ema, optimizer, step, seconds. Raises UserError if it is not there."""
-    training = load(path, device).training
-    if not {"weights", "ema", "optimizer", "step", "seconds"} <= training.keys():
+def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
+    """The schedule in a checkpoint: β between 0 and 1, and what follows from them. Raises an error otherwise."""
+    betas = values.get("betas")
+    if not isinstance(betas, Tensor) or betas.ndim != 1 or not 0 < len(betas) <= MOST_TIMESTEPS or not 0 < betas.min() <= betas.max() < 1:
+        raise ValueError(f"its schedule's betas should be 1 to {MOST_TIMESTEPS:,} numbers between 0 and 1")
+    expected = vars(NoiseSchedule.from_betas(betas))
+    if values.keys() != expected.keys():
+        raise ValueError(f"its schedule should hold {', '.join(expected)}")
+    for name, value in values.items():
+        same = isinstance(value, Tensor) and (value.shape, value.dtype) == (betas.shape, torch.float32)
+        if not same or not torch.allclose(value, expected[name], rtol=1e-3, atol=0):
+            raise ValueError(f"its schedule's {name} do not follow from its betas")
+    return NoiseSchedule(**{name: value.clone() for name, value in values.items()})  # no views of a file that may change
+
+
+def checked_origin(made_by: dict[str, Any]) -> dict[str, Any]:
+    """What says how a checkpoint was made, if it is a little JSON, as it goes into reports. Raises an error otherwise."""
+    for count, _ in enumerate(json.JSONEncoder().iterencode(made_by)):  # a few lists in each other can be endless JSON
+        if count > 10_000:
+            raise ValueError("its made_by is too long")
+    return made_by
+
+
+def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
+    """What --resume needs of a checkpoint: weights, ema (or None), step, seconds and moments, which are AdamW's state.
+
+    Raises UserError if it is not there, is for another network than `model`, or is past `steps`.
+    """
+    found = load(path)
+    training = found.training
+    if not {"optimizer", "step", "seconds"} <= training.keys() or not isinstance(training["optimizer"], dict):
         raise UserError(f"{path}: cannot be continued, it holds no optimizer state")
+    if found.model.config != model.config:
+        raise UserError(f"{path}: cannot be continued, its network is not the one in the config.json beside it")
+    step, seconds = training["step"], training["seconds"]
+    if type(step) is not int or type(seconds) is not float or step < 0 or not 0 <= seconds < float("inf"):
+        raise UserError(f"{path}: cannot be continued, its steps and seconds are no numbers of steps and seconds")
+    if step > steps:
+        raise UserError(f"--steps {steps}: {path} has taken {step} already")
+    try:
+        moments = {place: dict(tensors) for place, tensors in training["optimizer"]["state"].items()}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be continued, its optimizer state is none of AdamW's") from error
+    if moments or step:
+        shapes = {
+            f"{name} of parameter {place}": shape
+            for place, parameter in enumerate(model.parameters())
+            for name, shape in {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items()
+        }
+        check_tensors(path, {f"{name} of parameter {place}": tensor for place, tensors in moments.items() for name, tensor in tensors.items()}, shapes)
+    # Each in memory of its own, as the optimizer works in place.
+    training["moments"] = {place: {name: tensor.clone() for name, tensor in tensors.items()} for place, tensors in moments.items()}
     return training
 
 

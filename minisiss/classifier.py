@@ -4,6 +4,7 @@
 """
 
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-from minisiss.cli import Parser, UserError, run
+from minisiss.cli import Parser, UserError, filename, run
 from minisiss.data import ASSETS, from_torchvision, to_float
 from minisiss.files import write_atomically
 from minisiss.quality import Moments, moments
@@ -118,10 +119,14 @@ def save(
     write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
-def main() -> int:
+def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--data-root", default="data", help="MNIST in torchvision's layout, downloaded if missing")
-    args = parser.parse_args()
+    parser.add_argument("--data-root", type=filename, default="data", help="MNIST in torchvision's layout, downloaded if missing")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
     digits, test = from_torchvision(MNIST, args.data_root), MNIST(args.data_root, train=False)
 
     began = time.perf_counter()

@@ -17,7 +17,7 @@ from minisiss.classifier import DigitClassifier, classify
 from minisiss.cli import UserError, read_config
 from minisiss.data import ASSETS, BUNDLED, to_float, to_uint8
 from minisiss.distributed import ALONE, World
-from minisiss.files import write_atomically
+from minisiss.files import read_tensors, write_atomically
 from minisiss.likelihood import bits_per_dimension
 from minisiss.quality import SPLITS, Moments, frechet_distance, inception_score, moments
 from minisiss.sampling import sample_batches
@@ -71,6 +71,8 @@ def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] 
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         run = Run(name.rstrip("/"), directory, shape, checkpoint, digest, made_by["settings"], made_by["steps"], made_by["seconds"])
         total, script, _ = run.settings["steps"], made_by["script"], run.method
+        if not (type(run.steps) is type(total) is int and type(run.seconds) in (int, float) and isinstance(run.method, str)):
+            raise TypeError
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: does not say how it was made; it is not from train_ddpm.py or unlearn.py") from error
     if run.steps < total:
@@ -91,11 +93,13 @@ def draw_samples(
     made_by = json.dumps([run.digest, count, *image_shape, steps, eta, seed, precision, device.type])
     path = run.directory / f"samples-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.pt"
     try:
-        samples = torch.load(path, map_location=device, weights_only=True)
+        samples = read_tensors(path)
+        if (samples.shape, samples.dtype) != ((count, *image_shape), torch.uint8):
+            samples = None
     except Exception:  # not there, or damaged: a file can fail anywhere in torch's readers
         samples = None
     if not world.max(samples is None):  # all ranks draw as soon as one of them has to
-        return to_float(samples)
+        return to_float(samples.to(device))
     batches = []
     with tqdm(total=count, desc=f"{run.name}: sampling", unit="image", leave=False) as bar:
         for images in sample_batches(predict, schedule, count, image_shape, seed, steps=steps, eta=eta, world=world):

@@ -1,6 +1,5 @@
 """The picture of the trade-off. Imports matplotlib, an optional extra: import this only where it is wanted."""
 
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,15 +11,14 @@ matplotlib.use("Agg")  # draws into files, where there is no screen too
 import matplotlib.pyplot as plt  # noqa: E402
 
 from minisiss.comparison import Groups, mean_and_spread  # noqa: E402
+from minisiss.runs import read_metrics  # noqa: E402
 
 MARKERS = {"pretrained": "*", "retrained": "D"}
 
 
 def trajectory(directory: str | Path) -> list[dict[str, Any]]:
     """What unlearn.py logged of memory and of the loss on kept digits, step by step; empty for other runs."""
-    path = Path(directory) / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [record for record in records if {"memory", "loss_on_kept"} <= record.keys()]
+    return [record for record in read_metrics(Path(directory)) if {"memory", "loss_on_kept"} <= record.keys()]
 
 
 def save_pareto(path: Path, groups: Groups, timestep: int) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minisiss.cli import UserError
+from minisiss.files import check_tensors, read_tensors
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
@@ -34,7 +34,7 @@ UNET: Arguments = {
     "in_channels": ("image_channels", 3, [COUNT]),
     "out_channels": ("image_channels", 3, [COUNT]),
     "block_out_channels": ("channels", [224, 448, 672, 896], [list]),
-    "layers_per_block": ("layers_per_block", 2, [range(1, 65)]),
+    "layers_per_block": ("layers_per_block", 2, [range(1, 17)]),
     "down_block_types": (None, ["DownBlock2D"] + 3 * ["AttnDownBlock2D"], [list]),
     "up_block_types": (None, 3 * ["AttnUpBlock2D"] + ["UpBlock2D"], [list]),
     "attention_head_dim": ("head_channels", 8, [None, COUNT]),
@@ -92,19 +92,26 @@ def load_pretrained(directory: Path | str) -> tuple[UNet, NoiseSchedule]:
 
     `directory`, or unet/ in it, holds config.json and diffusion_pytorch_model.safetensors or .bin. The schedule is that
     of a scheduler_config.json there, beside it or in scheduler/; without one, `NoiseSchedule.linear()`.
-    Raises UserError, naming the file and the value, key or shape, for a model that our UNet cannot reproduce.
+    Raises UserError, naming the file and the value, key or shape, for a model that our UNet cannot reproduce, and for a
+    link that leads out of `directory`.
     """
     directory = Path(directory)
+
+    def inside(path: Path) -> Path:
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise UserError(f"{path}: is a link out of {directory}; put a copy of the file there")
+        return path
+
     folder = next((f for f in (directory, directory / "unet") if (f / "config.json").is_file()), None)
     if folder is None:
         raise UserError(f"{directory}: holds no published model (no config.json in it or in its unet/)")
-    config = read_json(folder / "config.json", unet_config)
+    config = read_json(inside(folder / "config.json"), unet_config)
     places = [place / "scheduler_config.json" for f in (folder, directory) for place in (f, f / "scheduler")]
     scheduler = next((place for place in places if place.is_file()), None)
-    schedule = read_json(scheduler, noise_schedule) if scheduler else NoiseSchedule.linear()
+    schedule = read_json(inside(scheduler), noise_schedule) if scheduler else NoiseSchedule.linear()
     with torch.device("meta"):  # names and shapes only: memory comes when all of them fit
         model = UNet(config)
-    weights = read_weights(folder, model)
+    weights = read_weights(inside(weights_file(folder)), model)
     model.to_empty(device="cpu").load_state_dict(weights)
     return model, schedule
 
@@ -194,46 +201,41 @@ def read_json(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
         if not isinstance(values, dict):
             raise ValueError("should hold one JSON object")
         return parse(values)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def read_weights(folder: Path, model: UNet) -> dict[str, Tensor]:
-    """The weights in `folder` under our names: all of `model`'s, in its shapes, and no other. Raises UserError otherwise."""
+def weights_file(folder: Path) -> Path:
+    """The file of weights in `folder`, the safe one if it can be read. Raises UserError if there is none."""
     safe, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
     installed = importlib.util.find_spec("safetensors") is not None
     if not safe.is_file() and not pickled.is_file():
         raise UserError(f"{folder}: holds no weights (neither {safe.name} nor {pickled.name})")
     if not pickled.is_file() and not installed:
         raise UserError(f'{safe}: reading it needs an optional extra: pip install "minisiss[safetensors]"')
-    path = safe if safe.is_file() and installed else pickled
+    return safe if safe.is_file() and installed else pickled
+
+
+def read_weights(path: Path, model: UNet) -> dict[str, Tensor]:
+    """The weights in a file under our names: all of `model`'s, in its shapes, and no other. Raises UserError otherwise."""
     try:
-        if path == safe:
+        if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state = load_file(path)
         else:
-            with warnings.catch_warnings():  # torch warns on its way to an error of its own; one line is enough
-                warnings.simplefilter("ignore")
-                state = dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = dict(read_tensors(path))
     except Exception as error:  # a damaged file can fail anywhere in the readers
         raise UserError(f"{path}: not a readable file of weights (truncated, damaged, or of another program)") from error
 
-    weights = {}
+    names, shapes = {}, {}
     for ours, parameter in model.state_dict().items():
         theirs = rename(ours, RENAMES)
-        if theirs not in state:
+        if theirs not in state and rename(theirs, OLD_NAMES) in state:
             theirs = rename(theirs, OLD_NAMES)
-        if theirs not in state:
-            raise UserError(f"{path}: lacks {rename(ours, RENAMES)}, of shape {list(parameter.shape)}")
-        tensor = state.pop(theirs)
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise UserError(f"{path}: {theirs} is no tensor of floating-point numbers")
-        if tensor.shape == (*parameter.shape, 1, 1):  # the oldest attention: linear layers as 1×1 convolutions
-            tensor = tensor[..., 0, 0]
-        if tensor.shape != parameter.shape:
-            raise UserError(f"{path}: {theirs} has shape {list(tensor.shape)}; expected {list(parameter.shape)}")
-        weights[ours] = tensor
-    if state:
-        raise UserError(f"{path}: holds {next(iter(state))}, for which its config.json has no place")
-    return weights
+        tensor = state.get(theirs)
+        if isinstance(tensor, Tensor) and tensor.shape == (*parameter.shape, 1, 1):
+            state[theirs] = tensor[..., 0, 0]  # the oldest attention: linear layers as 1×1 convolutions
+        names[ours], shapes[theirs] = theirs, parameter.shape
+    check_tensors(path, state, shapes)
+    return {ours: state[theirs] for ours, theirs in names.items()}

@@ -41,6 +41,19 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
 
 
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, but for a last one that was cut off. Raises UserError for what is none."""
+    path = directory / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        if any(type(record["step"]) is not int for record in records):
+            raise TypeError("a step is no integer")
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: every line should be a JSON object with a step ({error})") from error
+    return records
+
+
 class Metrics:
     """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the checkpoint it starts from.
 
@@ -50,9 +63,8 @@ class Metrics:
     def __init__(self, directory: Path, start: int = 0, *, writes: bool = True) -> None:
         self.path, self.writes = directory / "metrics.jsonl", writes
         if writes and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if start and line.endswith("\n") and json.loads(line)["step"] <= start]
-            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+            kept = [record for record in read_metrics(directory) if start and record["step"] <= start]
+            write_atomically(self.path, lambda file: file.write("".join(json.dumps(record) + "\n" for record in kept).encode()))
 
     def write(self, **record: Any) -> None:
         if self.writes:

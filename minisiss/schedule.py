@@ -33,9 +33,14 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
-        """The schedule of any β: [T], each in (0, 1). Computed in float64: 1 − ᾱ_t cancels at small t."""
+        """The schedule of any β: [T], each in (0, 1). Computed in float64: 1 − ᾱ_t cancels at small t.
+
+        Raises ValueError where nothing is left of the image, from which no sampling leads back.
+        """
         betas = betas.double()
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if not alphas_cumprod.float().min() > 0:
+            raise ValueError("the last timesteps leave nothing of the image: ᾱ is 0 in float32")
         values = betas, alphas_cumprod, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         return cls(*(value.float() for value in values))
 

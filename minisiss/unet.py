@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+MOST_LEVELS = 13  # which is 4096 = 2^12 pixels halved down to one
+# What the fields of a config may be, from … to: configs come in files that anyone may have made.
+LIMITS = {
+    "image_size": (1, 4096), "image_channels": (1, 4096), "channels": (1, 4096), "layers_per_block": (1, 16),
+    "attention_levels": (0, MOST_LEVELS - 1), "head_channels": (1, 4096), "norm_groups": (1, 4096), "norm_eps": (1e-12, 1.0),
+    "downsample_padding": (0, 1), "flip_sin_to_cos": (0, True), "freq_shift": (0, 1),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """Everything that fixes the shape of a `UNet`; the later fields are where published DDPM checkpoints differ."""
@@ -32,12 +41,21 @@ class UNetConfig:
         return self.image_channels, self.image_size, self.image_size
 
     def __post_init__(self) -> None:
-        # Configs arrive from checkpoints as JSON, which has lists and no tuples.
-        object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
+        for name, (low, high) in LIMITS.items():
+            value, several = getattr(self, name), name in ("channels", "attention_levels")
+            if several and (not isinstance(value, (list, tuple)) or len(value) > MOST_LEVELS):
+                raise ValueError(f"{name} must be a list, of at most {MOST_LEVELS}, got {str(value)[:80]}")
+            for one in value if several else [value]:
+                # The type too: True is no number of channels, and 3.0 no number of blocks.
+                right = type(one) in (type(low), type(high)) and low <= one <= high
+                if not right and not (one is None and name == "head_channels"):
+                    kind = "a number" if isinstance(low, float) else "integers" if several else "an integer"
+                    raise ValueError(f"{name} must be {kind} from {low} to {high}, got {str(value)[:80]}")
+            if several:  # JSON has lists and no tuples
+                object.__setattr__(self, name, tuple(value))
         levels = len(self.channels)
-        if not self.channels or any(not isinstance(c, int) or not 0 < c <= 4096 for c in self.channels):
-            raise ValueError(f"channels must be integers from 1 to 4096, got {self.channels}")
+        if not levels:
+            raise ValueError("channels must be a list of at least one")
         if any(c % self.norm_groups for c in self.channels):
             raise ValueError(f"channels {self.channels} must be divisible by norm_groups {self.norm_groups}")
         if self.channels[0] % 2:

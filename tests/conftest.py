@@ -1,3 +1,4 @@
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def script(monkeypatch, capsys, tmp_path):
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            cli.run(__import__(name).main)
+            cli.run(importlib.import_module(name).main)
         output = capsys.readouterr()
         return stopped.value.code or 0, output.out, output.err
 
