@@ -216,10 +216,10 @@ class Parser(argparse.ArgumentParser):
         if args.resume is None:
             return args
         config = read_config(args.resume)
-        if "seed" not in config:
-            raise UserError(f"--resume {args.resume}: that is no run of {self.prog}")
         try:
             self.set_defaults(**self.settings(config))
+            if "seed" not in config:
+                raise UserError(f"is not that of a run of {self.prog}")
         except UserError as error:
             raise UserError(f"{Path(args.resume) / 'config.json'}: {error}") from error
         args = super().parse_args()

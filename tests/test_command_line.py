@@ -23,7 +23,7 @@ FLAGS = {
     "--preset": (list(cli.PRESETS), ["imagenet", "mnist-SMALL"]),
     "--data-root": (["bundled", "data"], ["\0"]),
     "--data": (["mnist", "pictures"], ["MNIST", "cifar"]),
-    "--forget": (["10000.jpg", "names.txt"], ["\0", "10000.jpg"]),
+    "--forget": (["names.jpg", "names.txt"], ["\0", "names.jpg"]),
     "--skip-unreadable": ([], []),
     "--checkpoint-activations": ([], []),
     "--checkpoint": (["bundled", "runs/siss-1/model.pt"], ["\0"]),
