@@ -104,7 +104,7 @@ def test_a_training_that_is_killed_twenty_times_equals_one_that_is_not(tmp_path)
         process.join()
         killed += process.exitcode == -signal.SIGKILL
         if (tmp_path / "killed/model.pt").exists():
-            found = checkpoint.load_training(tmp_path / "killed/model.pt", "cpu")["step"]
+            found = checkpoint.load(tmp_path / "killed/model.pt").training["step"]
             assert found >= step
             step = found
     assert killed > 5 and step > 0
@@ -118,7 +118,7 @@ def test_a_training_that_is_killed_twenty_times_equals_one_that_is_not(tmp_path)
 def test_a_training_killed_inside_a_save_has_the_old_checkpoint_or_the_new_one(moment, tmp_path):
     arguments = ("train_ddpm", *TRAIN, "--steps", 4)
     assert finish(tmp_path, *arguments, "--out", "killed", moment=moment, save=3) == -signal.SIGKILL  # the first is of step 0
-    assert checkpoint.load_training(tmp_path / "killed/model.pt", "cpu")["step"] == (2 if moment == "just after that" else 1)
+    assert checkpoint.load(tmp_path / "killed/model.pt").training["step"] == (2 if moment == "just after that" else 1)
     assert finish(tmp_path, "train_ddpm", "--resume", "killed") == 0
     assert finish(tmp_path, *arguments, "--out", "whole") == 0
     assert same(tmp_path / "killed/model.pt", tmp_path / "whole/model.pt")
@@ -130,7 +130,7 @@ def test_an_unlearning_that_is_killed_equals_one_that_is_not(method, tmp_path, t
     arguments = ("unlearn", *UNLEARN, "--checkpoint", tiny_checkpoint, "--method", method)
     assert finish(tmp_path, *arguments, "--out", "whole") == 0
     assert finish(tmp_path, *arguments, "--out", "killed", moment="while writing", save=3) == -signal.SIGKILL
-    assert checkpoint.load_training(tmp_path / "killed/model.pt", "cpu")["step"] == 2
+    assert checkpoint.load(tmp_path / "killed/model.pt").training["step"] == 2
     assert finish(tmp_path, "unlearn", "--resume", "killed") == 0
     assert same(tmp_path / "killed/model.pt", tmp_path / "whole/model.pt")
     assert in_order(tmp_path / "killed/metrics.jsonl")

@@ -203,7 +203,7 @@ WRONG = [
     ("train_ddpm", ("--data-root", "nowhere"), ["--data-root nowhere", "bundled"]),
     ("train_ddpm", (*TINY_TRAIN, "--image-size", "32"), ["--image-size"]),
     ("train_ddpm", (*TINY_TRAIN, "--out", "holds-a-run"), ["holds-a-run"]),
-    ("train_ddpm", (*TINY_TRAIN, "--resume", "holds-a-run"), ["model.pt", "no such"]),
+    ("train_ddpm", (*TINY_TRAIN, "--resume", "holds-a-run"), ["holds-a-run/config.json", "no"]),
     ("eval", ("--checkpoint", "nowhere.pt"), ["nowhere.pt"]),
     ("eval", ("--out", "holds-a-run"), ["holds-a-run"]),
 ]
