@@ -77,7 +77,7 @@ def test_rounds_stop_when_their_time_is_up(monkeypatch):
 
 
 def test_colour_pictures_come_from_a_folder_or_are_made_up(tmp_path):
-    config = workload.UNetConfig(**{**workload.CELEBAHQ, "image_size": 64})
+    config = workload.UNetConfig(**{**cli.PRESETS["celebahq"]["unet"], "image_size": 64})
     assert workload.pictures(config, None).images.shape == (128, 3, 64, 64)
     with pytest.raises(cli.UserError, match="at least two pictures"):
         workload.pictures(config, str(tmp_path))
