@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import randomise
+from PIL import Image
 
 from minisiss import bench, cli, workload
 
@@ -79,10 +80,10 @@ def test_rounds_stop_when_their_time_is_up(monkeypatch):
 def test_colour_pictures_come_from_a_folder_or_are_made_up(tmp_path):
     config = workload.UNetConfig(**{**cli.PRESETS["celebahq"]["unet"], "image_size": 64})
     assert workload.pictures(config, None).images.shape == (128, 3, 64, 64)
-    with pytest.raises(cli.UserError, match="at least two pictures"):
+    with pytest.raises(cli.UserError, match="no readable picture"):
         workload.pictures(config, str(tmp_path))
     for name in ("a.png", "b.jpg"):
-        workload.Image.new("RGB", (80, 70)).save(tmp_path / name)
+        Image.new("RGB", (80, 70)).save(tmp_path / name)
     assert workload.pictures(config, str(tmp_path)).images.shape == (2, 3, 64, 64)
 
 
