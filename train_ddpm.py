@@ -115,10 +115,10 @@ def main() -> int:
                 group["lr"] = learning_rate(step, args)
 
             generator = step_generator(args.seed, step, device)
-            x = draw(images, args.batch_size, generator)
-            timesteps = torch.randint(len(schedule), (len(x),), generator=generator, device=device)
-            noise = torch.randn(x.shape, generator=generator, device=device)
-            x, timesteps, noise = map(world.share, (x, timesteps, noise))
+            x = draw(images, args.batch_size, generator, world)
+            timesteps = torch.randint(len(schedule), (args.batch_size,), generator=generator, device=device)
+            noise = torch.randn((args.batch_size, *images.shape[1:]), generator=generator, device=device)
+            timesteps, noise = world.share(timesteps), world.share(noise)
             loss = losses.epsilon_matching(predict, x, timesteps, noise, schedule).per_image().mean()
 
             optimizer.zero_grad()

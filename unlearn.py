@@ -131,7 +131,7 @@ def main() -> int:
         for step in bar:
             began = time.perf_counter()
             generator = step_generator(args.seed, step, device)
-            batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x or method.x_from)
+            batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x or method.x_from, world)
             terms = method.loss(predict, batch, schedule, **loss_settings)
             try:
                 figures = unlearning.step(method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate), world=world)

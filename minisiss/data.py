@@ -13,6 +13,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor
 
 from minisiss.cli import UserError
+from minisiss.distributed import ALONE, World
 from minisiss.folder import ImageFolder
 
 ASSETS = Path(__file__).parent / "assets"
@@ -154,9 +155,10 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def draw(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` images drawn uniformly with replacement, as float32 in [−1, 1]."""
-    return to_float(images[torch.randint(len(images), (count,), generator=generator, device=images.device)])
+def draw(images: Tensor, count: int, generator: torch.Generator, world: World = ALONE) -> Tensor:
+    """`count` images drawn uniformly with replacement, as float32 in [−1, 1]; of several ranks each has, and reads, its share."""
+    indices = torch.randint(len(images), (count,), generator=generator, device=images.device)
+    return to_float(images[world.share(indices)])
 
 
 def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:

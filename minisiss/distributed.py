@@ -35,8 +35,8 @@ class World:
     device: torch.device = torch.device("cpu")
 
     def share(self, batch: Tensor) -> Tensor:
-        """This rank's part of a batch [B, …], every N-th of it: the parts' lengths differ by at most one."""
-        return batch[self.rank :: self.size]
+        """This rank's part of a batch [B, …]: the parts follow one another, and their lengths differ by at most one."""
+        return batch.tensor_split(self.size)[self.rank]
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model as one whose backward pass leaves in each parameter the mean over the ranks of their gradients."""

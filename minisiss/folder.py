@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from minisiss.cli import UserError
+from minisiss.cli import UserError, rank
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 CACHE_BYTES = 2**30  # of pictures kept in memory once they have been read
@@ -48,7 +48,7 @@ class ImageFolder:
         if wrong and not skip_unreadable:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UserError(f"{len(wrong)} of {len(self.names)} pictures cannot be read: {'; '.join(wrong[:3])}{more}; leave them out with --skip-unreadable")
-        for problem in wrong:
+        for problem in wrong if rank() == 0 else ():  # the other ranks open the same files
             warn(problem)
         self.names = [name for name in self.names if name not in self.unreadable]
         if not self.names:

@@ -67,18 +67,20 @@ METHODS = {
 }
 
 
-def draw_batch(data: TrainingSet, size: int, schedule: NoiseSchedule, generator: torch.Generator, x_from: str = "all") -> Batch:
-    """Draw everything that one step needs.
+def draw_batch(
+    data: TrainingSet, size: int, schedule: NoiseSchedule, generator: torch.Generator, x_from: str = "all", world: World = ALONE
+) -> Batch:
+    """Draw everything that one step needs. Each rank reads its share of the images, and gets those of the others from them.
 
     x_from = "all" draws x ~ X: the paper's expectation, under which SISS at s = 0 is naive deletion.
     x_from = "rest" draws x ~ X∖A, as the paper's released code does, and as naive deletion and EraseDiff need. SISS at
     s = 0 is then n/(n−k) · L_{X∖A} − k/(n−k) · L_A: it pushes away from A where naive deletion does not.
     """
     device = data.images.device
-    x = draw(data.images if x_from == "all" else data.keep, size, generator)
+    x = world.gather(draw(data.images if x_from == "all" else data.keep, size, generator, world))
     return Batch(
         x=x,
-        a=draw(data.forget, size, generator),
+        a=world.gather(draw(data.forget, size, generator, world)),
         timesteps=torch.randint(len(schedule), (size,), generator=generator, device=device),
         noise=torch.randn(x.shape, generator=generator, device=device),
         pick=torch.rand(size, generator=generator, device=device),

@@ -48,12 +48,15 @@ def launch(folder: Path, function, *arguments, fail_together: bool = True, **opt
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = [context.Process(target=run_rank, args=(number, port, folder, partial(function, *arguments, **options))) for number in (0, 1)]
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
+        for stream in ("out", "err"):
+            (folder / f"{stream}-{number}").write_text("")
         rank.start()
     while running := [rank.sentinel for rank in ranks if rank.exitcode is None]:
-        if not wait(running, timeout=300) or (fail_together and any(rank.exitcode for rank in ranks)):
+        hangs = not wait(running, timeout=300)
+        if hangs or (fail_together and any(rank.exitcode for rank in ranks)):
             for rank in ranks:
-                rank.terminate()
+                rank.kill() if hangs else rank.terminate()
     results = [torch.load(path) if (path := folder / f"result-{number}").exists() else None for number in (0, 1)]
     said = [[(folder / f"{stream}-{number}").read_text() for stream in ("out", "err")] for number in (0, 1)]
     return [Rank(rank.exitcode, *said[number], results[number]) for number, rank in enumerate(ranks)]
@@ -129,14 +132,15 @@ def work_together():
     for name, method in unlearning.METHODS.items():
         model = tiny_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        # Batches of 1 too: there is nothing for the second rank to do, and in SISS at times for neither of them.
-        for step, size in enumerate((6, 1, 6, 1, 6)):
-            batch = unlearning.draw_batch(data.TrainingSet(images, 3), size, SCHEDULE, torch.Generator().manual_seed(step), method.x_from)
+        # In batches of 2 a rank, or both, may have nothing to do for a term of SISS.
+        for step, size in enumerate((6, 2, 6, 2, 6)):
+            batch = unlearning.draw_batch(data.TrainingSet(images, 3), size, SCHEDULE, torch.Generator().manual_seed(step), method.x_from, world)
             figures = unlearning.step(method, method.loss(model, batch, SCHEDULE), optimizer, unlearning.Settings(), micro_batch=2, world=world)
             found[name, step] = {key: value.item() for key, value in figures.items()}
         found[name] = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     found["samples"] = list(sampling.sample_batches(tiny_model(), SCHEDULE, 10, (1, 28, 28), seed=3, batch_size=3, steps=2, world=world))
     found["share"] = [part.tolist() for part in map(world.share, torch.arange(10).reshape(2, 5))]
+    found["drawn"] = data.draw(images, 6, torch.Generator().manual_seed(0), world)
     found["max"], found["mean"] = world.max(world.rank), world.mean(torch.tensor(1.0 + world.rank)).item()
     found["on rank 0"] = world.on_rank_0(lambda: world.rank)
     order = []
@@ -188,7 +192,8 @@ def test_samples_come_in_the_order_and_with_the_noise_of_one_rank(together, alon
 
 def test_ranks_share_and_agree(together, alone):
     assert alone["share"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    assert [rank["share"] for rank in together] == [[[0, 2, 4], [5, 7, 9]], [[1, 3], [6, 8]]]
+    assert [rank["share"] for rank in together] == [[[0, 1, 2], [5, 6, 7]], [[3, 4], [8, 9]]]
+    assert [len(rank["drawn"]) for rank in together] == [3, 3] and torch.equal(torch.cat([rank["drawn"] for rank in together]), alone["drawn"])
     assert (alone["max"], alone["mean"], alone["on rank 0"]) == (0, 1.0, 0)
     assert all((rank["max"], rank["mean"], rank["on rank 0"]) == (1, 1.5, 0) for rank in together)
     assert [rank["rank 0 first"] for rank in together] == [False, True]
