@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -72,15 +72,22 @@ def run_rank(number, port, folder, function):
 
 
 def run_script(name, *arguments, on_rank_1=None):
-    """Run a script, on rank 1 with something changed first, and where it cannot write."""
+    """Run a script, on rank 1 with something changed first, and where it can neither write nor do more than its share."""
     if cli.rank() == 1:
         os.replace = Image.Image.save = no_writing
+        losses.Term.per_image = partialmethod(at_most_half, losses.Term.per_image)
         if on_rank_1:
             on_rank_1()
     if name == "train_ddpm":
         no_pictures()
     sys.argv = [f"{name}.py", *map(str, arguments)]
     cli.run(__import__(name).main)
+
+
+def at_most_half(term, per_image, images=None):
+    """`Term.per_image` where it is asked for certain images, as in a step of unlearning."""
+    assert images is None or len(images) <= len(term.weight) / 2
+    return per_image(term, images)
 
 
 def no_writing(*arguments, **options):
