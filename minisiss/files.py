@@ -27,7 +27,7 @@ def read_tensors(path: Path | str) -> Any:
     """
     with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
         records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):  # torch never compresses
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):  # torch compresses none, and zipfile unpacks some without a bound
             raise ValueError("compressed")
         if sum(record.file_size for record in records) > os.path.getsize(path):  # the same bytes, many times
             raise ValueError("records overlap")
@@ -38,7 +38,7 @@ def read_tensors(path: Path | str) -> Any:
             if operation.name == "GLOBAL" and not TRUSTED.fullmatch(names):
                 raise ValueError(f"{names} is no tensor")
         warnings.simplefilter("ignore")  # torch warns on its way to an error of its own; one line is enough
-        # Mapped, a tensor is a view of the file's own bytes, whatever size it claims to be.
+        # Mapped, a tensor is a view of the file's own bytes, whatever size it claims to be; not every torch compares the two.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
