@@ -47,8 +47,6 @@ def look(args: Namespace) -> int:
     image_shape = base.model.config.image_shape
     predict = at_precision(base.model, device, args.precision)
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
-    if not data.k:
-        raise UserError("--forget: name the pictures to look for")
     originals = data.originals(args.draws)
     out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))
 
@@ -81,13 +79,12 @@ def look(args: Namespace) -> int:
 
 def compare(args: Namespace) -> int:
     """Every metric for every run, one table and one picture. What is wrong with one run does not stop the others."""
-    import torch
     from tqdm import tqdm
 
     from minisiss import colour, comparison, distributed, evaluation, metrics, runs
     from minisiss.checkpoint import load_any
     from minisiss.classifier import classify, load_classifier
-    from minisiss.data import draw, held_out_digits, step_generator, to_float, training_set
+    from minisiss.data import draw, held_out_digits, step_generator, training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.files import write_atomically
     from minisiss.quality import SPLITS, frechet_distance, moments
@@ -114,15 +111,13 @@ def compare(args: Namespace) -> int:
         raise UserError("nothing to measure: none of these directories holds a finished run of train_ddpm.py or unlearn.py")
 
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
-    if not data.k:
-        raise UserError("--forget: name the pictures to look for")
     originals, sets = data.originals(args.draws), {"forget set": data.forget, "kept": data.keep}
     if mnist:
         sets["held out"] = held_out_digits(args.data_root).to(device)
         classifier, real = load_classifier()
         classifier = classifier.to(device)
     else:
-        kept = to_float(data.keep[torch.arange(min(64, len(data.keep)))])
+        kept = data.kept()
     if inception:
         kept_moments = moments(colour.inception_features(inception, draw(data.keep, args.samples, step_generator(args.seed, 0, device))))
     out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))

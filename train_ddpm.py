@@ -26,7 +26,6 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--warmup", type=number(int, 0, 10**9), help="steps over which the learning rate first rises")
     parser.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which are the ones that sample")
     parser.add_machine()
-    parser.add_argument("--checkpoint-activations", action="store_true", help="compute what lies inside the blocks again on the way back: less memory, a third more time")
     parser.add_argument("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
     parser.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints")
     parser.add_run("train")
@@ -95,8 +94,7 @@ def main() -> int:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         start, seconds = state["step"], state["seconds"]
     if not args.resume:
-        settings = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
-        world.on_rank_0(lambda: runs.write_json(out / "config.json", settings))
+        world.on_rank_0(lambda: runs.write_config(out, args))
     metrics = runs.Metrics(out, start, writes=world.rank == 0)
     began = time.perf_counter() - seconds
 

@@ -36,7 +36,6 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--save-every", type=positive_int, default=50, help="steps between checkpoints")
     parser.add_sampling()
     parser.add_machine()
-    parser.add_argument("--checkpoint-activations", action="store_true", help="compute what lies inside the blocks again on the way back: less memory, a third more time")
     parser.add_run("METHOD")
     return parser.parse_run(free=FREE_ON_RESUME)
 
@@ -47,7 +46,7 @@ def main() -> int:
     from tqdm import tqdm
 
     from minisiss import checkpoint, distributed, metrics, runs, unlearning
-    from minisiss.data import step_generator, to_float, training_set
+    from minisiss.data import step_generator, training_set
     from minisiss.device import at_precision, pick_device
     from minisiss.pictures import save_before_after, save_memory, save_strip
     from minisiss.sampling import sample_batches
@@ -61,14 +60,12 @@ def main() -> int:
     model.checkpoint_activations = args.checkpoint_activations
     predict = at_precision(model, device, args.precision)
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
-    if not data.k:
-        raise UserError("--forget: name the pictures to forget")
+    forgotten = data.originals(args.draws)
     if args.data == "pictures" and args.batch_size > len(data.keep):
         raise UserError(f"--batch-size {args.batch_size}: there are only {len(data.keep)} pictures to keep")
-    forgotten = data.originals(args.draws)
     sets = {data.name: forgotten}
     if args.data == "pictures":  # a model of few pictures remembers those it keeps, one of many digits does not
-        sets["kept pictures"] = to_float(data.keep[torch.arange(min(64, len(data.keep)))])
+        sets["kept pictures"] = data.kept()
 
     method = unlearning.METHODS[args.method]
     settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
@@ -76,7 +73,7 @@ def main() -> int:
     start, seconds, state = 0, 0.0, None
     out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, args.method))
     if not args.resume:
-        world.on_rank_0(lambda: runs.write_json(out / "config.json", {key: value for key, value in vars(args).items() if key not in ("resume", "out")}))
+        world.on_rank_0(lambda: runs.write_config(out, args))
     elif (out / "model.pt").exists():  # a run that was killed early has none
         state = checkpoint.load_training(out / "model.pt", model, args.steps)
         start, seconds = state["step"], state["seconds"]
@@ -100,9 +97,9 @@ def main() -> int:
         bar = partial(tqdm, args.memory_timesteps, unit="timestep", leave=False)
         return {name: {t: recall(originals, t) for t in bar(desc=f"{name} {when}")} for name, originals in sets.items()}
 
-    def look(step: int) -> float:
+    def look(step: int, denoised: torch.Tensor) -> float:
         """Log what is remembered, by the forget set noised to `middle` and denoised, and how well noise is predicted now."""
-        remembered = metrics.similarity(recall(forgotten, middle)[1], forgotten).mean().item()
+        remembered = metrics.similarity(denoised, forgotten).mean().item()
         # A few images, the same with the same noise at every look: cheap, and the differences are those of the model.
         (loss_on_kept,), (loss_on_forget,) = (metrics.denoising_loss(predict, schedule, images, 48) for images in (data.keep, data.forget))
         if step > start or start == 0:  # a resumed run has its first look in the log already
@@ -126,7 +123,7 @@ def main() -> int:
 
     saved = start or save(0)
 
-    remembered, warned = look(start), False
+    remembered, warned = look(start, (recall(forgotten, middle) if start else memory_before[data.name][middle])[1]), False
     with runs.Stop() as stop, tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method, unit="step") as bar:
         for step in bar:
             began = time.perf_counter()
@@ -151,7 +148,7 @@ def main() -> int:
                     bar.write(f"warning: step {done}: {few[0]} is {figures[few[0]]:.1f}, a batch in which hardly one image counts; try --lam 0.5 or a larger --batch-size")
                     warned = True
             if done % args.evaluate_every == 0 or last:
-                remembered = look(done)
+                remembered = look(done, recall(forgotten, middle)[1])
             if done % args.save_every == 0 or last:
                 saved = save(done)
             if signal:

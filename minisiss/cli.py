@@ -186,6 +186,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--memory-timesteps", type=number(int, 0, 99_999), nargs="+", default=[300, 400, 500, 600, 700], help="timesteps the forget image is noised to")
 
     def add_run(self, name: str) -> None:
+        self.add_argument("--checkpoint-activations", action="store_true", help="compute what lies inside the blocks again on the way back: less memory, a third more time")
         group = self.add_mutually_exclusive_group()
         group.add_argument("--out", type=filename, help=f"directory of this run (default: runs/{name}-N)")
         group.add_argument("--resume", type=filename, metavar="DIR", help="continue the run in this directory, with its settings")

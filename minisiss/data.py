@@ -46,8 +46,17 @@ class TrainingSet:
         return self.images[self.n - self.k :]
 
     def originals(self, count: int) -> Tensor:
-        """`count` images of A, one after the other and from the start again: [count, C, H, W] float32 in [−1, 1]."""
+        """`count` images of A, one after the other and from the start again: [count, C, H, W] float32 in [−1, 1].
+
+        Raises UserError where A is empty.
+        """
+        if not self.k:
+            raise UserError("--forget: name the pictures to forget")
         return to_float(self.forget[torch.arange(count) % self.k])
+
+    def kept(self) -> Tensor:
+        """The first images of X∖A, 64 at most: [≤ 64, C, H, W] float32 in [−1, 1]."""
+        return to_float(self.keep[torch.arange(min(64, len(self.keep)))])
 
     def to(self, device: torch.device | str) -> "TrainingSet":
         return TrainingSet(self.images.to(device), self.k, self.name)

@@ -91,16 +91,17 @@ class ImageFolder:
 
     def with_last(self, names: list[str]) -> "ImageFolder":
         """The same pictures with these at the end. Raises UserError for a name that is not there, with the nearest ones."""
-        there = set(self.names)
+        there, last = set(self.names), set()
         for name in names:
             if name not in there:
                 near = difflib.get_close_matches(name, self.names, 3, cutoff=0) if len(self) < 100_000 else self.names[:3]
                 raise UserError(f"--forget {name}: no readable picture of that name in {self.root}; the nearest are {', '.join(near)}")
-            if names.count(name) > 1:
+            if name in last:
                 raise UserError(f"--forget {name}: named twice")
+            last.add(name)
         if len(names) == len(self):
             raise UserError("--forget: names every picture, and leaves none to keep")
-        last, ordered = set(names), copy.copy(self)
+        ordered = copy.copy(self)
         ordered.names = [name for name in self.names if name not in last] + names
         return ordered
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def new_directory(out: str | None, name: str) -> Path:
             if isinstance(error, FileExistsError) and out is None and path.is_dir():
                 continue
             raise UserError(f"--out {path}: no new directory can be made there ({error.strerror})") from error
+
+
+def write_config(directory: Path, args: Namespace) -> None:
+    """Write config.json, the settings that --resume goes on with."""
+    write_json(directory / "config.json", {name: value for name, value in vars(args).items() if name not in ("resume", "out")})
 
 
 def open_again(directory: str) -> Path:
