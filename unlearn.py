@@ -5,6 +5,7 @@
     python unlearn.py --preset celebahq --checkpoint ddpm-celebahq-256/ --data-root celeba_hq_256/ --forget 10000.jpg
 """
 
+import copy
 import itertools
 import math
 import time
@@ -32,6 +33,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--batch-size", type=batch_size, help="images a step, of all ranks together")
     parser.add_argument("--accumulate", type=positive_int, default=1, help="parts in which a batch goes through the network: less memory, the same step")
     parser.add_argument("--lr", type=positive, help="learning rate of AdamW")
+    parser.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of the averaged weights, which are the ones that are looked at and kept; 0: the last ones")
     parser.add_argument("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
     parser.add_argument("--save-every", type=positive_int, default=50, help="steps between checkpoints")
     parser.add_sampling()
@@ -57,8 +59,10 @@ def main() -> int:
     world = distributed.start(device, args.batch_size)
     base = checkpoint.load_any(args.checkpoint, args.memory_timesteps, device)
     model, schedule, image_shape = base.model, base.schedule, base.model.config.image_shape
-    model.checkpoint_activations = args.checkpoint_activations
-    predict = at_precision(model, device, args.precision)
+    stepped = copy.deepcopy(model)  # takes the steps; `model` is their average, and what is looked at and kept
+    stepped.checkpoint_activations = args.checkpoint_activations
+    averaged, parameters = list(model.requires_grad_(False).parameters()), list(stepped.parameters())
+    predict, predict_stepped = (at_precision(network, device, args.precision) for network in (model, stepped))
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
     forgotten = data.originals(args.draws)
     if args.data == "pictures" and args.batch_size > len(data.keep):
@@ -110,15 +114,16 @@ def main() -> int:
     middle, strip = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2], {}
     before, memory_before = draw_samples("before"), remember("before")
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, fused=True)
     if state:
-        model.load_state_dict(state["weights"])
+        stepped.load_state_dict(state["weights"])
+        model.load_state_dict(state["ema"] or state["weights"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
 
     def save(step: int) -> int:
         made_by = {"script": "unlearn.py", "settings": vars(args), "steps": step, "seconds": seconds, "base": base.made_by}
         training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
-        world.on_rank_0(lambda: checkpoint.save(out / "model.pt", model, schedule, made_by, training=training))
+        world.on_rank_0(lambda: checkpoint.save(out / "model.pt", stepped, schedule, made_by, model.state_dict(), training))
         return step
 
     saved = start or save(0)
@@ -129,11 +134,12 @@ def main() -> int:
             began = time.perf_counter()
             generator = step_generator(args.seed, step, device)
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x or method.x_from, world)
-            terms = method.loss(predict, batch, schedule, **loss_settings)
+            terms = method.loss(predict_stepped, batch, schedule, **loss_settings)
             try:
                 figures = unlearning.step(method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate), world=world)
             except Diverged as error:
                 raise Diverged(f"step {step + 1}: {error}; {out / 'model.pt'} holds step {saved}, the last good one") from error
+            torch._foreach_lerp_(averaged, parameters, 1 - args.ema)
             seconds += time.perf_counter() - began
 
             done = step + 1

@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "train": dict(steps=14_000, batch_size=64, lr=1e-3, warmup=500, ema=0.999),
         # A step draws x from X and so descends on A a little too: it takes c > 1 to subtract more than that, and here
         # c is about 1 at ρ = 0.5 (and 0.1 to 0.6 at ρ = 0.1, with which the T-shirt stays).
-        "unlearn": dict(steps=60, batch_size=64, lr=1e-4, grad_ratio=0.5),
+        "unlearn": dict(steps=60, batch_size=64, lr=1e-4, ema=0.9, grad_ratio=0.5),
         # Of the rates and numbers of steps up to 60 that were tried, those that bring the memory of the T-shirt down to that of
         # any digit at the least loss on kept digits; naive deletion never does, this is where it remembers least.
         "unlearn naive_deletion": dict(lr=1e-3),
@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             head_channels=8, norm_groups=32, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
         ),
         "train": dict(steps=50_000, batch_size=128, lr=1e-4, warmup=500, ema=0.9999),
-        "unlearn": dict(steps=150, batch_size=128, lr=1e-4),
+        "unlearn": dict(steps=150, batch_size=128, lr=1e-4, ema=0.9),
     },
     # The paper's main experiment, from the published google/ddpm-celebahq-256: for a GPU.
     "celebahq": {
@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             head_channels=None, norm_groups=4, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
         ),
         "train": dict(steps=20, batch_size=8, lr=1e-3, warmup=5, ema=0.9),
-        "unlearn": dict(steps=6, batch_size=8, lr=1e-4, samples=8, sampling_steps=3, draws=2, evaluate_every=3),
+        "unlearn": dict(steps=6, batch_size=8, lr=1e-4, ema=0.5, samples=8, sampling_steps=3, draws=2, evaluate_every=3),
     },
 }  # fmt: skip
 

@@ -26,7 +26,8 @@ def lines(path):
 
 
 def weights(path):
-    return torch.load(path, weights_only=True)["weights"]
+    state = torch.load(path, weights_only=True)
+    return {(kind, name): value for kind in ("weights", "ema") for name, value in (state[kind] or {}).items()}
 
 
 def same(a, b):
@@ -148,6 +149,16 @@ def test_an_unlearning_that_is_stopped_and_resumed_equals_one_that_is_not(script
     assert status == 130 and "--resume stopped" in said
     assert script("unlearn", "--resume", "stopped")[0] == 0
     assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
+
+
+def test_the_unlearned_model_is_the_average_over_the_steps(script, tiny_checkpoint, tmp_path):
+    for out, flags in (("one", ("--steps", 1)), ("two", ("--steps", 2)), ("last", ("--steps", 2, "--ema", 0))):
+        script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--samples", 0, "--out", out, *flags)
+    base, one, two, last = (weights(path) for path in (tiny_checkpoint, *(tmp_path / out / "model.pt" for out in ("one", "two", "last"))))
+    for name, expected in checkpoint.load(tmp_path / "two/model.pt").model.state_dict().items():
+        average = (base["weights", name] / 2 + one["weights", name] / 2) / 2 + two["weights", name] / 2  # decay 0.5
+        torch.testing.assert_close(expected, average)
+        assert torch.equal(last["weights", name], two["weights", name]) and torch.equal(last["ema", name], last["weights", name])
 
 
 def test_a_resumed_run_keeps_its_settings(script, tmp_path):
