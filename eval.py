@@ -45,7 +45,7 @@ def look(args: Namespace) -> int:
     world = distributed.start(device)
     base = load_any(args.checkpoint, args.memory_timesteps, device)
     image_shape = base.model.config.image_shape
-    predict = at_precision(base.model, device, args.precision)
+    predict = at_precision(base.model, device, args.precision, args.compile)
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
     originals = data.originals(args.draws)
     out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))
@@ -128,7 +128,7 @@ def compare(args: Namespace) -> int:
     bar = tqdm(finished, desc="measuring", unit="run")
     for one in bar:
         base = load_any(one.checkpoint, args.memory_timesteps, device)
-        predict = at_precision(base.model, device, args.precision)
+        predict = at_precision(base.model, device, args.precision, args.compile)
         result = {"run": one.name, "method": one.method, "steps": one.steps, "seconds": one.seconds}
 
         bar.set_postfix_str(f"{one.name}: samples")

@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from minisiss.cli import Diverged, Parser, UserError, batch_size, number, positive, positive_int, run
 
-FREE_ON_RESUME = {"steps", "device", "precision", "checkpoint_activations", "sample_every", "save_every", "resume", "out"}
+FREE_ON_RESUME = {"steps", "device", "precision", "compile", "checkpoint_activations", "sample_every", "save_every", "resume", "out"}
 MOST_PARAMETERS = 10**9  # with their average, gradients and AdamW's state 20 GB
 
 
@@ -83,7 +83,7 @@ def main() -> int:
     parameters = list(model.parameters())
     averaged = UNet(config).to(device).requires_grad_(False)
     averaged.load_state_dict(model.state_dict())
-    predict, predict_averaged = (at_precision(network, device, args.precision) for network in (world.parallel(model), averaged))
+    predict, predict_averaged = (at_precision(network, device, args.precision, args.compile) for network in (world.parallel(model), averaged))
     start, seconds = 0, 0.0
 
     out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, "train"))

@@ -14,7 +14,7 @@ from functools import partial
 
 from minisiss.cli import Diverged, Parser, UserError, batch_size, filename, number, positive, positive_int, run
 
-FREE_ON_RESUME = {"steps", "device", "precision", "checkpoint_activations", "save_every", "samples"}
+FREE_ON_RESUME = {"steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples"}
 
 
 def parse_arguments() -> Namespace:
@@ -62,7 +62,7 @@ def main() -> int:
     stepped = copy.deepcopy(model)  # takes the steps; `model` is their average, and what is looked at and kept
     stepped.checkpoint_activations = args.checkpoint_activations
     averaged, parameters = list(model.requires_grad_(False).parameters()), list(stepped.parameters())
-    predict, predict_stepped = (at_precision(network, device, args.precision) for network in (model, stepped))
+    predict, predict_stepped = (at_precision(network, device, args.precision, args.compile) for network in (model, stepped))
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
     forgotten = data.originals(args.draws)
     if args.data == "pictures" and args.batch_size > len(data.keep):

@@ -177,6 +177,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seed", type=seed, default=0)
         self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
         self.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the processor has it")
+        self.add_argument("--compile", action="store_true", help="compile the network (torch.compile): minutes before the first step, and on a GPU faster ones")
 
     def add_sampling(self) -> None:
         self.add_argument("--samples", type=number(int, 0, 10**6), default=1024, help="samples for the T-shirt rate")

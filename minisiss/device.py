@@ -30,10 +30,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def at_precision(model: nn.Module, device: torch.device, precision: str) -> Model:
+def at_precision(model: nn.Module, device: torch.device, precision: str, compiled: bool = False) -> Model:
     """The network as a function that computes its convolutions in bfloat16 or float32; weights and output are float32.
 
     "auto" is bf16 where the processor computes it natively (elsewhere it is emulated, and slower than float32).
+    compiled: by torch.compile, when first called; the function raises UserError where that fails.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -42,9 +43,19 @@ def at_precision(model: nn.Module, device: torch.device, precision: str) -> Mode
             checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and not in every torch ≥ 2.4
             native = any(getattr(torch.cpu, check, bool)() for check in checks)
         precision = "bf16" if native else "fp32"
+    if compiled:
+        model = torch.compile(model)
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return model(x, timesteps).float()
 
-    return predict
+    def predict_compiled(x: Tensor, timesteps: Tensor) -> Tensor:
+        for tensor in (x, timesteps):  # SISS's passes have another size each step: compile for sizes, not for each
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return predict(x, timesteps)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(f"--compile: torch.compile failed: {' '.join(str(error).split())[:300]}") from error
+
+    return predict_compiled if compiled else predict

@@ -48,7 +48,7 @@ class Workload:
     def at(self, precision: str, compiled: bool = False) -> "Workload":
         """The same network, computed in another way."""
         other = copy.copy(self)
-        other.predict = at_precision(torch.compile(self.model) if compiled else self.model, self.device, precision)
+        other.predict = at_precision(self.model, self.device, precision, compiled)
         return other
 
     def terms(self, method: unlearning.Method, round: int, batch_size: int | None = None) -> Terms:
