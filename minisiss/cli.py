@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         # Of the rates and numbers of steps up to 60 that were tried, those that bring the memory of the T-shirt down to that of
         # any digit at the least loss on kept digits; naive deletion never does, this is where it remembers least.
         "unlearn naive_deletion": dict(lr=1e-3),
-        "unlearn neggrad": dict(lr=3e-5, steps=20),
-        "unlearn erasediff": dict(lr=2e-5, steps=40),
+        "unlearn neggrad": dict(lr=1e-5),
+        "unlearn erasediff": dict(lr=3e-5, steps=30),
     },
     # The paper's MNIST model, for a GPU.
     "mnist": {
@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             head_channels=None, norm_groups=4, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
         ),
         "train": dict(steps=20, batch_size=8, lr=1e-3, warmup=5, ema=0.9),
-        "unlearn": dict(steps=6, batch_size=8, lr=1e-4, ema=0.5, samples=8, sampling_steps=3, draws=2, evaluate_every=3),
+        "unlearn": dict(steps=6, batch_size=8, lr=1e-4, ema=0.5, samples=8, sampling_steps=3, draws=2, memory_timesteps=[500], evaluate_every=3),
     },
 }  # fmt: skip
 

@@ -96,32 +96,45 @@ def in_order(path) -> bool:
 def test_a_training_that_is_killed_twenty_times_equals_one_that_is_not(tmp_path):
     arguments = ("train_ddpm", *TRAIN, "--steps", 100)
     assert finish(tmp_path, *arguments, "--out", "whole") == 0
-    moments, step, killed = random.Random(0), -1, 0
+    moments, step, killed, path = random.Random(0), -1, 0, tmp_path / "killed/model.pt"
     for life in range(20):
-        process = start(tmp_path, *(arguments if life == 0 else ("train_ddpm", "--resume", "killed")), *(("--out", "killed") if life == 0 else ()))
-        process.join(timeout=moments.uniform(0.2, 1.5))
+        begins_with = path.stat() if path.exists() else None
+        process = start(tmp_path, *(("train_ddpm", "--resume", "killed") if begins_with else (*arguments, "--out", "killed")))
+        if life % 4 == 0:  # lives that make a step or more, then some that may not live to see one
+            while process.is_alive() and (not path.exists() or path.stat() == begins_with):
+                process.join(timeout=0.01)
+        process.join(timeout=moments.uniform(0, 0.3))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-        if (tmp_path / "killed/model.pt").exists():
-            found = checkpoint.load(tmp_path / "killed/model.pt").training["step"]
+        if path.exists():
+            found = checkpoint.load(path).training["step"]
             assert found >= step
             step = found
     assert killed > 5 and step > 0
     assert finish(tmp_path, "train_ddpm", "--resume", "killed") == 0
-    assert same(tmp_path / "killed/model.pt", tmp_path / "whole/model.pt")
+    assert same(path, tmp_path / "whole/model.pt")
     assert in_order(tmp_path / "killed/metrics.jsonl")
     assert not list((tmp_path / "killed").glob(".unfinished-*"))
 
 
+FOUR_STEPS = ("train_ddpm", *TRAIN, "--steps", 4)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The checkpoint of a training of four steps that nobody killed."""
+    directory = tmp_path_factory.mktemp("whole")
+    assert finish(directory, *FOUR_STEPS, "--out", "whole") == 0
+    return directory / "whole/model.pt"
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_training_killed_inside_a_save_has_the_old_checkpoint_or_the_new_one(moment, tmp_path):
-    arguments = ("train_ddpm", *TRAIN, "--steps", 4)
-    assert finish(tmp_path, *arguments, "--out", "killed", moment=moment, save=3) == -signal.SIGKILL  # the first is of step 0
+def test_a_training_killed_inside_a_save_has_the_old_checkpoint_or_the_new_one(moment, whole, tmp_path):
+    assert finish(tmp_path, *FOUR_STEPS, "--out", "killed", moment=moment, save=3) == -signal.SIGKILL  # the first is of step 0
     assert checkpoint.load(tmp_path / "killed/model.pt").training["step"] == (2 if moment == "just after that" else 1)
     assert finish(tmp_path, "train_ddpm", "--resume", "killed") == 0
-    assert finish(tmp_path, *arguments, "--out", "whole") == 0
-    assert same(tmp_path / "killed/model.pt", tmp_path / "whole/model.pt")
+    assert same(tmp_path / "killed/model.pt", whole)
     assert not list((tmp_path / "killed").glob(".unfinished-*"))
 
 
@@ -136,10 +149,8 @@ def test_an_unlearning_that_is_killed_equals_one_that_is_not(method, tmp_path, t
     assert in_order(tmp_path / "killed/metrics.jsonl")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
-    arguments = ("train_ddpm", *TRAIN, "--steps", 2)
-    assert finish(tmp_path, *arguments, "--out", "killed", moment="while writing", save=1) == -signal.SIGKILL
+def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path):
+    assert finish(tmp_path, *FOUR_STEPS, "--out", "killed", moment="while writing", save=1) == -signal.SIGKILL
     assert not (tmp_path / "killed/model.pt").exists()
     assert finish(tmp_path, "train_ddpm", "--resume", "killed") == 0
-    assert finish(tmp_path, *arguments, "--out", "whole") == 0
-    assert same(tmp_path / "killed/model.pt", tmp_path / "whole/model.pt")
+    assert same(tmp_path / "killed/model.pt", whole)

@@ -1,10 +1,12 @@
-"""Long runs whose memory must stay flat, and a large folder: minutes each, so only with `pytest -m slow -s`."""
+"""Long runs whose memory must stay flat, a large folder, a large model: minutes each, so only with `pytest -m slow -s`."""
 
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from minisiss import folder
+from minisiss import bench, cli, data, device, folder, unlearning
+from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.slow
 
@@ -65,3 +69,27 @@ def test_a_folder_of_30000_pictures_starts_in_10_seconds_and_streams_with_bounde
     print(f"\nfolder of 30,000: {started:.1f} s and {first - before:.0f} MB to start; {grown:.0f} MB more after 64,000 pictures, of which {folder.CACHE_BYTES / 1e6:.0f} may be kept")
     assert len(pictures) == 30_000 and started < 10
     assert grown < 1.1 * folder.CACHE_BYTES / 1e6
+
+
+def large_step(checkpoint_activations: bool) -> tuple[int, float, float]:
+    """A step of SISS on the faces' network, two images one at a time: parameters, seconds, GB at the peak of this process."""
+    cpu = torch.device("cpu")
+    model = UNet(UNetConfig(**cli.PRESETS["celebahq"]["unet"]))
+    model.checkpoint_activations = checkpoint_activations
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, fused=True)
+    pictures = data.TrainingSet(torch.randint(256, (3, 3, 256, 256), dtype=torch.uint8), 1, "picture")
+    siss, schedule = unlearning.METHODS["siss"], NoiseSchedule.linear()
+    batch = unlearning.draw_batch(pictures, 2, schedule, torch.Generator().manual_seed(0), "rest")
+    began = time.monotonic()
+    terms = siss.loss(device.at_precision(model, cpu, "auto"), batch, schedule)
+    unlearning.step(siss, terms, optimizer, unlearning.Settings(), micro_batch=1)
+    return sum(p.numel() for p in model.parameters()), time.monotonic() - began, bench.peak_bytes(cpu) / 1e9
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_a_step_of_the_faces_network_fits_in_12_gb(checkpoint_activations):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        parameters, seconds, peak = pool.submit(large_step, checkpoint_activations).result()
+    with_or_without = "with" if checkpoint_activations else "without"
+    print(f"\n{parameters:,} parameters, {with_or_without} --checkpoint-activations: a step of SISS on 2 images, one at a time: {seconds:.0f} s, {peak:.1f} GB at its peak")
+    assert parameters == 113_673_219 and peak < 12
