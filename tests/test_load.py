@@ -40,7 +40,7 @@ def sizes(tmp_path, *arguments) -> list[float]:
 
 
 @pytest.mark.parametrize("name, arguments", [
-    ("unlearning, 2,000 steps", ("unlearn.py", "--steps", 2000, "--batch-size", 16, "--samples", 0, "--draws", 8, "--evaluate-every", 250)),
+    ("unlearning, 2,000 steps", ("unlearn.py", "--steps", 2000, "--batch-size", 8, "--samples", 0, "--draws", 8, "--evaluate-every", 250)),
     ("sampling, 20,000 images", ("eval.py", "--checkpoint", "bundled", "--samples", 20_000, "--sampling-steps", 5)),
 ])  # fmt: skip
 def test_the_resident_size_stays_within_5_percent_after_warm_up(name, arguments, tmp_path):
