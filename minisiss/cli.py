@@ -24,7 +24,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unlearn": dict(steps=120, batch_size=64, lr=5e-5, ema=0.9, grad_ratio=0.5),
         # Of the rates and numbers of steps that were tried, those that bring the memory of the T-shirt down to that of any
         # digit at the least loss on kept digits; naive deletion never does, this is where it remembers least.
-        "unlearn naive_deletion": dict(steps=60, lr=1e-3),
+        "unlearn siss_no_is": dict(steps=60, lr=1e-4),
+        "unlearn naive_deletion": dict(lr=1e-3),
         "unlearn neggrad": dict(steps=60, lr=1e-5),
         "unlearn erasediff": dict(steps=30, lr=3e-5),
     },
