@@ -130,7 +130,7 @@ def main() -> int:
                 raise Diverged(f"step {step + 1}: a parameter is not finite; {out / 'model.pt'} holds step {saved}, the last good one")
             # A young average forgets faster, or it would carry the untrained weights for long.
             decay = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - decay)
+            torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in parameters], 1 - decay)
 
             done = step + 1
             signal = world.max(stop.signal or 0)

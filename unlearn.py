@@ -60,8 +60,9 @@ def main() -> int:
     base = checkpoint.load_any(args.checkpoint, args.memory_timesteps, device)
     model, schedule, image_shape = base.model, base.schedule, base.model.config.image_shape
     stepped = copy.deepcopy(model)  # takes the steps; `model` is their average, and what is looked at and kept
+    model.requires_grad_(False)
     stepped.checkpoint_activations = args.checkpoint_activations
-    averaged, parameters = list(model.requires_grad_(False).parameters()), list(stepped.parameters())
+    averaged, parameters = list(model.parameters()), [p.detach() for p in stepped.parameters()]
     predict, predict_stepped = (at_precision(network, device, args.precision, args.compile) for network in (model, stepped))
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
     forgotten = data.originals(args.draws)
@@ -114,7 +115,7 @@ def main() -> int:
     middle, strip = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2], {}
     before, memory_before = draw_samples("before"), remember("before")
 
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(stepped.parameters(), lr=args.lr, fused=True)
     if state:
         stepped.load_state_dict(state["weights"])
         model.load_state_dict(state["ema"] or state["weights"])

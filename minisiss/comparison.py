@@ -13,7 +13,7 @@ Groups = dict[str, list[Results]]  # the runs of each method (and its settings),
 # Settings in which two runs of the same experiment may differ.
 INCIDENTAL = {
     "seed", "out", "resume", "device", "precision", "accumulate", "save_every", "evaluate_every", "sample_every",
-    "samples", "sampling_steps", "eta", "draws", "memory_timesteps", "preset", "skip_unreadable", "checkpoint_activations",
+    "samples", "sampling_steps", "eta", "draws", "memory_timesteps", "preset", "skip_unreadable", "checkpoint_activations", "compile",
 }  # fmt: skip
 
 

@@ -163,6 +163,14 @@ def test_the_unlearned_model_is_the_average_over_the_steps(script, tiny_checkpoi
         assert torch.equal(last["weights", name], two["weights", name]) and torch.equal(last["ema", name], last["weights", name])
 
 
+def test_the_average_does_not_keep_the_history_of_all_steps(script, tiny_checkpoint, monkeypatch):
+    lerp, remembered = torch._foreach_lerp_, []
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda averaged, *rest: (lerp(averaged, *rest), remembered.append(averaged[0].grad_fn)))
+    assert script("train_ddpm", *TINY_TRAIN, "--steps", 2)[0] == 0
+    assert script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--steps", 2, "--samples", 0)[0] == 0
+    assert remembered == [None] * 4
+
+
 def test_a_resumed_run_keeps_its_settings(script, tmp_path):
     assert script("train_ddpm", *TINY_TRAIN, "--steps", 2, "--out", "a")[0] == 0
     status, _, error = script("train_ddpm", "--resume", "a", "--lr", 5)
