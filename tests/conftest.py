@@ -1,6 +1,7 @@
 import importlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, and the same everywhere
@@ -12,7 +13,7 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules of the repository's root
 
-from minisiss import checkpoint, cli  # noqa: E402
+from minisiss import checkpoint, cli, metrics, sampling  # noqa: E402
 from minisiss.schedule import NoiseSchedule  # noqa: E402
 from minisiss.unet import UNet, UNetConfig  # noqa: E402
 
@@ -37,10 +38,17 @@ def tiny_checkpoint(tiny_unet, tmp_path_factory) -> Path:
     return path
 
 
+def few_steps(setattr) -> None:
+    """Denoise in few steps where the scripts do not say how many: most of a tiny run is pictures that no test looks at."""
+    setattr(sampling, "sample", partial(sampling.sample, steps=2))
+    setattr(metrics, "memory", partial(metrics.memory, steps=2))
+
+
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
     """Run a script's main function in this process: script("unlearn", "--steps", 3) -> (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    few_steps(monkeypatch.setattr)
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])

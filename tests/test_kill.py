@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torchvision.utils  # noqa: F401: as the scripts do, when they run
-from conftest import ROOT
+from conftest import ROOT, few_steps
 
 import train_ddpm
 import unlearn
@@ -50,6 +50,7 @@ MOMENTS = {
 def run(directory: str, arguments: tuple, moment: str | None, save: int) -> None:
     """Run a script in this process, and be killed at this moment of the save of this number."""
     os.chdir(directory)
+    few_steps(setattr)
     torch.set_num_threads(1)  # the same for all processes, and so the same rounding
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.argv = [f"{arguments[0]}.py", *map(str, arguments[1:])]
