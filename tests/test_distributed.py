@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, randomise
+from conftest import ROOT, few_steps, randomise
 from PIL import Image
 
 from minisiss import bench, checkpoint, cli, data, device, distributed, evaluation, losses, sampling, unlearning
@@ -73,6 +73,7 @@ def run_rank(number, port, folder, function):
 
 def run_script(name, *arguments, on_rank_1=None):
     """Run a script, on rank 1 with something changed first, and where it can neither write nor do more than its share."""
+    few_steps(setattr)
     if cli.rank() == 1:
         os.replace = Image.Image.save = no_writing
         losses.Term.per_image = partialmethod(at_most_half, losses.Term.per_image)
