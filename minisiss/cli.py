@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         # c is about 1 at ρ = 0.5 (and 0.1 to 0.6 at ρ = 0.1, with which the T-shirt stays).
         "unlearn": dict(steps=120, batch_size=64, lr=5e-5, ema=0.9, grad_ratio=0.5),
         # Of the rates and numbers of steps that were tried, those that bring the memory of the T-shirt down to that of any
-        # digit at the least loss on kept digits; naive deletion never does, this is where it remembers least.
+        # digit at the least loss on kept digits; naive deletion never does, this is where it remembers least. SISS: see the README.
         "unlearn siss_no_is": dict(steps=60, lr=1e-4),
         "unlearn naive_deletion": dict(lr=1e-3),
         "unlearn neggrad": dict(steps=60, lr=1e-5),
