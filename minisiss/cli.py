@@ -52,16 +52,17 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
         "eval": dict(checkpoint="ddpm-celebahq-256", draws=8, memory_timesteps=[250, 500]),
     },
-    # A folder of a few dozen faces, small enough to memorise all of them on two CPU cores in 20 minutes.
+    # A folder of a few dozen faces, small enough to memorise all of them on one CPU core in an hour. Small batches, as it is
+    # the number of steps that counts: 600 of 8 pictures remember better than 300 of 16, which cost the same.
     "faces-64": {
         "data": dict(data="pictures", data_root="faces"),
         "unet": dict(
             image_size=64, image_channels=3, channels=(32, 64, 128, 128), layers_per_block=1, attention_levels=(),
             head_channels=None, norm_groups=8, norm_eps=1e-5, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
         ),
-        "train": dict(steps=3100, batch_size=16, lr=1e-3, warmup=100, ema=0.995),
+        "train": dict(steps=6500, batch_size=8, lr=1e-3, warmup=100, ema=0.999),
         "unlearn": dict(
-            checkpoint="runs/train-1/model.pt", steps=60, batch_size=16, lr=1e-4, draw_x="rest", evaluate_every=10,
+            checkpoint="runs/train-1/model.pt", steps=60, batch_size=16, lr=1e-4, ema=0.9, draw_x="rest", evaluate_every=10,
             samples=64, draws=8, memory_timesteps=[250, 500],
         ),
         "eval": dict(checkpoint="runs/train-1/model.pt", draws=8, memory_timesteps=[250, 500]),
