@@ -27,6 +27,7 @@ def parse_arguments() -> Namespace:
     strength = parser.add_mutually_exclusive_group()
     strength.add_argument("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: norm of the subtracted gradient, as a fraction of the kept one's (siss, siss_no_is)")
     strength.add_argument("--superfactor", type=number(float, 0), help="s: subtract (1+s) times, instead of the rule by norms; 0 is the theory's naive deletion")
+    parser.add_argument("--norm-every", type=positive_int, default=1, metavar="K", help="take the norms for c in one of K steps, and keep c for the others, which then need one pass through the network instead of two (siss)")
     parser.add_argument("--erasediff-eta", type=number(float, 0), default=0.1, help="η of EraseDiff's rule")
     parser.add_argument("--draw-x", choices=["all", "rest"], help="where x is drawn from: all is X, rest is X∖A (default: all for SISS, as in the theory)")
     parser.add_argument("--steps", type=positive_int, help="optimizer steps")
@@ -55,6 +56,8 @@ def main() -> int:
 
     if args.method not in unlearning.METHODS:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
+    if args.norm_every > 1 and "lam" not in unlearning.METHODS[args.method].settings:
+        raise UserError(f"--norm-every {args.norm_every}: needs a loss whose two terms share their noisy images, as those of siss do")
     device = pick_device(args.device)
     world = distributed.start(device, args.batch_size)
     base = checkpoint.load_any(args.checkpoint, args.memory_timesteps, device)
@@ -75,7 +78,7 @@ def main() -> int:
     method = unlearning.METHODS[args.method]
     settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
     loss_settings = {name: getattr(settings, name) for name in method.settings}
-    start, seconds, state = 0, 0.0, None
+    start, seconds, state, c = 0, 0.0, None, None
     out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, args.method))
     if not args.resume:
         world.on_rank_0(lambda: runs.write_config(out, args))
@@ -120,10 +123,11 @@ def main() -> int:
         stepped.load_state_dict(state["weights"])
         model.load_state_dict(state["ema"] or state["weights"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
+        c = None if state["c"] is None else torch.tensor(state["c"], device=device)
 
     def save(step: int) -> int:
         made_by = {"script": "unlearn.py", "settings": vars(args), "steps": step, "seconds": seconds, "base": base.made_by}
-        training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
+        training = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict(), "c": None if c is None else c.item()}
         world.on_rank_0(lambda: checkpoint.save(out / "model.pt", stepped, schedule, made_by, model.state_dict(), training))
         return step
 
@@ -137,9 +141,13 @@ def main() -> int:
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x or method.x_from, world)
             terms = method.loss(predict_stepped, batch, schedule, **loss_settings)
             try:
-                figures = unlearning.step(method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate), world=world)
+                figures = unlearning.step(
+                    method, terms, optimizer, settings, micro_batch=math.ceil(args.batch_size / args.accumulate), world=world,
+                    c=c if step % args.norm_every else None,
+                )  # fmt: skip
             except Diverged as error:
                 raise Diverged(f"step {step + 1}: {error}; {out / 'model.pt'} holds step {saved}, the last good one") from error
+            c = figures.get("c")
             torch._foreach_lerp_(averaged, parameters, 1 - args.ema)
             seconds += time.perf_counter() - began
 

@@ -102,7 +102,7 @@ def checked_origin(made_by: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
-    """What --resume needs of a checkpoint: weights, ema (or None), step, seconds and moments, which are AdamW's state.
+    """What --resume needs of a checkpoint: weights, ema (or None), step, seconds, c (or None) and moments, which are AdamW's state.
 
     Raises UserError if it is not there, is for another network than `model`, or is past `steps`.
     """
@@ -112,9 +112,9 @@ def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be continued, it holds no optimizer state")
     if found.model.config != model.config:
         raise UserError(f"{path}: cannot be continued, its network is not the one in the config.json beside it")
-    step, seconds = training["step"], training["seconds"]
-    if type(step) is not int or type(seconds) is not float or step < 0 or not 0 <= seconds < float("inf"):
-        raise UserError(f"{path}: cannot be continued, its steps and seconds are no numbers of steps and seconds")
+    step, seconds, c = training["step"], training["seconds"], training.setdefault("c", None)
+    if type(step) is not int or type(seconds) is not float or step < 0 or not 0 <= seconds < float("inf") or type(c) not in (float, type(None)):
+        raise UserError(f"{path}: cannot be continued, its steps, seconds and c are no such numbers")
     if step > steps:
         raise UserError(f"--steps {steps}: {path} has taken {step} already")
     try:

@@ -66,6 +66,26 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """keep − c · forget, for two terms of the same noisy images: one pass through the network instead of two."""
+
+    keep: Term
+    forget: Term
+    c: Tensor
+
+    @property
+    def weighed(self) -> Tensor:
+        """The images that matter to either term: [B] bool."""
+        return self.keep.weighed | self.forget.weighed
+
+    def per_image(self, images: Tensor) -> Tensor:
+        """The difference of the losses of the images at these indices: [number of indices]."""
+        prediction = self.keep.model(self.keep.noisy[images], self.keep.timesteps[images])
+        keep, forget = (term.weight[images] * squared_error(prediction, term.target[images]) for term in (self.keep, self.forget))
+        return keep - self.c * forget
+
+
+@dataclass(frozen=True)
 class Terms:
     """What a loss returns: descend on `keep`, ascend on `forget`; either may be absent."""
 

@@ -99,33 +99,25 @@ def step(
     max_norm: float = 1.0,
     micro_batch: int | None = None,
     world: World = ALONE,
+    c: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step along g = g_keep − c · g_forget, clipped to `max_norm`.
 
+    With c given, of an earlier step, g is had from one pass for both terms, which must be of the same noisy images.
     The terms are of the whole batch on every rank, which makes the same step, and figures, on all.
     Returns the step's figures as scalar tensors. Raises Diverged when a loss, an importance weight or a gradient is not
     finite, leaving the parameters as they were, and when a parameter is not finite after the step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    figures = {}
-    g_keep, g_forget, c = None, None, torch.ones((), device=parameters[0].device)
-    if terms.keep:
-        figures["loss_keep"], g_keep = gradient(terms.keep, parameters, micro_batch, world)
-        figures["norm_keep"], figures["ess_keep"] = norm(g_keep), effective_sample_size(terms.keep.weight)
-    if terms.forget:
-        figures["loss_forget"], g_forget = gradient(terms.forget, parameters, micro_batch, world)
-        figures["norm_forget"], figures["ess_forget"] = norm(g_forget), effective_sample_size(terms.forget.weight)
+    figures = {f"ess_{name}": effective_sample_size(term.weight) for name, term in vars(terms).items() if term}
     if terms.keep and terms.forget:
-        c = method.rule(g_keep, g_forget, settings)
         figures["overlap"] = (terms.keep.weighed & terms.forget.weighed).float().mean()
-
-    g = g_keep
-    if g_forget:
-        figures["c"] = c
-        torch._foreach_mul_(g_forget, -c)
-        if g_keep:
-            torch._foreach_add_(g_forget, g_keep)
-        g = g_forget
+    if c is None:
+        g, found = two_passes(method, terms, parameters, settings, micro_batch, world)
+    else:
+        loss, g = gradient(losses.Difference(terms.keep, terms.forget, c), parameters, micro_batch, world)
+        found = {"loss": loss, "c": c}
+    figures |= found
     for parameter, direction in zip(parameters, g, strict=True):
         parameter.grad = direction
     figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -140,7 +132,28 @@ def step(
     return figures
 
 
-def gradient(term: Term, parameters: Gradient, micro_batch: int | None = None, world: World = ALONE) -> tuple[Tensor, Gradient]:
+def two_passes(
+    method: Method, terms: Terms, parameters: Gradient, settings: Settings, micro_batch: int | None, world: World
+) -> tuple[Gradient, dict[str, Tensor]]:
+    """g = g_keep − c · g_forget, with c by the method's rule, and the figures of both terms."""
+    figures, g_keep, g_forget, c = {}, None, None, torch.ones((), device=parameters[0].device)
+    if terms.keep:
+        figures["loss_keep"], g_keep = gradient(terms.keep, parameters, micro_batch, world)
+        figures["norm_keep"] = norm(g_keep)
+    if terms.forget:
+        figures["loss_forget"], g_forget = gradient(terms.forget, parameters, micro_batch, world)
+        figures["norm_forget"] = norm(g_forget)
+    if not g_forget:
+        return g_keep, figures
+    if g_keep:
+        c = method.rule(g_keep, g_forget, settings)
+    torch._foreach_mul_(g_forget, -c)
+    if g_keep:
+        torch._foreach_add_(g_forget, g_keep)
+    return g_forget, figures | {"c": c}
+
+
+def gradient(term: Term | losses.Difference, parameters: Gradient, micro_batch: int | None = None, world: World = ALONE) -> tuple[Tensor, Gradient]:
     """The mean of a term over its batch, and the gradient of that.
 
     Only the images that the term weighs go through the network, at most `micro_batch` at a time, and each pass is freed
@@ -154,7 +167,7 @@ def gradient(term: Term, parameters: Gradient, micro_batch: int | None = None, w
         parameter.grad = None
     for some in images.split(micro_batch or max(1, len(images))):
         if len(some):
-            loss = term.per_image(some).sum() / len(term.weight)
+            loss = term.per_image(some).sum() / len(term.weighed)
             loss.backward()
             value += loss.detach()
     total = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -140,10 +140,11 @@ def test_a_training_that_is_stopped_and_resumed_equals_one_that_is_not(script, t
     assert steps == sorted(set(steps))
 
 
-def test_an_unlearning_that_is_stopped_and_resumed_equals_one_that_is_not(script, tiny_checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("norm_every", [1, 3])
+def test_an_unlearning_that_is_stopped_and_resumed_equals_one_that_is_not(norm_every, script, tiny_checkpoint, tmp_path, monkeypatch):
     from minisiss import runs
 
-    arguments = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint)
+    arguments = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--norm-every", norm_every)
     assert script("unlearn", *arguments, "--out", "whole")[0] == 0
     with monkeypatch.context() as patch:  # Ctrl-C while the first step runs
         patch.setattr(runs.Stop, "__enter__", lambda stop: setattr(stop, "signal", signal.SIGINT) or setattr(stop, "previous", {}) or stop)

@@ -152,6 +152,30 @@ def test_leaving_out_images_of_negligible_weight_changes_no_gradient(lam, config
             assert unlearning.norm([a - b for a, b in zip(ours, literal, strict=True)]) <= 1e-5 * scale
 
 
+def test_with_a_known_c_one_pass_makes_the_same_step():
+    _, _, by_two, figures = step("siss", Settings())
+    _, _, by_one, known = step("siss", Settings(), c=figures["c"])
+    assert by_one == pytest.approx(by_two, rel=1e-4)
+    assert known["loss"] == pytest.approx((figures["loss_keep"] - figures["c"] * figures["loss_forget"]).item(), rel=1e-4)
+    assert known["norm"] == pytest.approx(figures["norm"].item(), rel=1e-4) and known["c"] == figures["c"]
+    _, _, doubled, _ = step("siss", Settings(), c=2 * figures["c"])
+    assert doubled != pytest.approx(by_two, rel=1e-2)
+
+
+def test_one_pass_for_both_terms_takes_the_images_that_either_weighs():
+    sizes = []
+
+    def model(noisy, timesteps):
+        sizes.append(len(noisy))
+        return weight * noisy
+
+    weight = torch.nn.Parameter(torch.tensor(0.5))
+    keep, forget = (Term(model, torch.ones(4, 1, 2, 2), torch.zeros(4), torch.zeros(4, 1, 2, 2), torch.tensor(w)) for w in ([2.0, 1, 0, 0], [0.0, 1, 3, 0]))
+    value, (g,) = unlearning.gradient(losses.Difference(keep, forget, torch.tensor(0.1)), [weight])
+    # (2 + 1 − 0.1 · (1 + 3)) · weight² over a batch of four
+    assert sizes == [3] and value.item() == pytest.approx(2.6 / 4 * 0.25) and g.item() == pytest.approx(2.6 / 4)
+
+
 def test_the_figures_count_effective_images_and_those_that_matter_to_both_terms():
     assert unlearning.effective_sample_size(torch.tensor([1.0, 1, 0, 0])) == 2
     assert unlearning.effective_sample_size(torch.tensor([3.0, 1e-6])).item() == pytest.approx(1, rel=1e-4)
