@@ -5,7 +5,7 @@ import torch
 from conftest import randomise
 
 from minisiss.cli import PRESETS
-from minisiss.unet import Attention, Downsample, ResidualBlock, UNet, UNetConfig, Upsample, timestep_embedding
+from minisiss.unet import Attention, Downsample, ResidualBlock, UNet, UNetConfig, Upsample, attend, timestep_embedding
 
 SMALL = dict(image_size=8, channels=(8, 16), norm_groups=4, layers_per_block=1)
 
@@ -144,3 +144,14 @@ def test_an_untrained_network_predicts_zero():
 def test_impossible_configs_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         UNetConfig(**{**SMALL, "attention_levels": (1,), **options})
+
+
+@pytest.mark.parametrize("pixels", [49, 257])
+def test_attention_is_the_same_by_the_formula_and_by_torchs_kernel(pixels):
+    q, k, v = torch.randn(3, 2, 4, pixels, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = (q @ k.mT / 8**0.5).softmax(dim=-1) @ v
+    for precision, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        inputs = [part.to(precision) for part in (q, k, v)]
+        torch.testing.assert_close(attend(*inputs).float(), expected, atol=tolerance, rtol=tolerance)
+        with torch.no_grad():
+            torch.testing.assert_close(attend(*inputs).float(), expected, atol=tolerance, rtol=tolerance)
