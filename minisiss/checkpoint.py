@@ -113,8 +113,10 @@ def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
     if found.model.config != model.config:
         raise UserError(f"{path}: cannot be continued, its network is not the one in the config.json beside it")
     step, seconds, c = training["step"], training["seconds"], training.setdefault("c", None)
-    if type(step) is not int or type(seconds) is not float or step < 0 or not 0 <= seconds < float("inf") or type(c) not in (float, type(None)):
-        raise UserError(f"{path}: cannot be continued, its steps, seconds and c are no such numbers")
+    if type(step) is not int or type(seconds) is not float or step < 0 or not 0 <= seconds < float("inf"):
+        raise UserError(f"{path}: cannot be continued, its steps and seconds are no numbers of steps and seconds")
+    if type(c) not in (float, type(None)):
+        raise UserError(f"{path}: cannot be continued, its c is no number")
     if step > steps:
         raise UserError(f"--steps {steps}: {path} has taken {step} already")
     try:

@@ -384,6 +384,7 @@ def broken_training(whole: Path) -> dict[str, dict[str, bytes]]:
             **{f"step {value}": changed(step=value) for value in (-1, 1.0, True, None, "1", torch.tensor(1))},
             **{f"seconds {value}": changed(seconds=value) for value in (-1.0, float("nan"), float("inf"), None, "1", torch.tensor(1.0))},
         },
+        "its c is no number": {f"c {value}": changed(c=value) for value in (1, True, "1", [1.0], torch.tensor(1.0))},
         "none of AdamW's": {
             **{f"optimizer {value}": changed(optimizer=value) for value in ({}, {"state": None}, {"state": [1]})},
             "a state of numbers": changed(optimizer={"state": {0: 1}}),
