@@ -61,17 +61,27 @@ class Term:
         """The loss of the images at these indices (by default all): [number of indices]."""
         if images is None:
             images = torch.arange(len(self.weight), device=self.weight.device)
-        prediction = self.model(self.noisy[images], self.timesteps[images])
+        return self.error(self.model(self.noisy[images], self.timesteps[images]), images)
+
+    def error(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """The loss of the images at these indices, from what the network made of them: [number of indices]."""
         return self.weight[images] * squared_error(prediction, self.target[images])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """keep − c · forget, for two terms of the same noisy images: one pass through the network instead of two."""
+    """keep − c · forget, for two terms of the same noisy images: one pass through the network instead of two.
+
+    Raises ValueError for terms of different ones.
+    """
 
     keep: Term
     forget: Term
     c: Tensor
+
+    def __post_init__(self) -> None:
+        if self.keep.noisy is not self.forget.noisy:
+            raise ValueError("one pass for two terms needs them to share their noisy images")
 
     @property
     def weighed(self) -> Tensor:
@@ -81,8 +91,7 @@ class Difference:
     def per_image(self, images: Tensor) -> Tensor:
         """The difference of the losses of the images at these indices: [number of indices]."""
         prediction = self.keep.model(self.keep.noisy[images], self.keep.timesteps[images])
-        keep, forget = (term.weight[images] * squared_error(prediction, term.target[images]) for term in (self.keep, self.forget))
-        return keep - self.c * forget
+        return self.keep.error(prediction, images) - self.c * self.forget.error(prediction, images)
 
 
 @dataclass(frozen=True)

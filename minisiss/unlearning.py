@@ -103,7 +103,7 @@ def step(
 ) -> dict[str, Tensor]:
     """One optimizer step along g = g_keep − c · g_forget, clipped to `max_norm`.
 
-    With c given, of an earlier step, g is had from one pass for both terms, which must be of the same noisy images.
+    With c given, of an earlier step, g is had from one pass for both terms, which must share their noisy images.
     The terms are of the whole batch on every rank, which makes the same step, and figures, on all.
     Returns the step's figures as scalar tensors. Raises Diverged when a loss, an importance weight or a gradient is not
     finite, leaving the parameters as they were, and when a parameter is not finite after the step.
@@ -161,13 +161,14 @@ def gradient(term: Term | losses.Difference, parameters: Gradient, micro_batch: 
     backward passes costs 5 for each image. They are shared out to the ranks, as evenly for each term as can be, and added
     up over them. The result does not depend on any of this, up to rounding.
     """
-    images = world.share(term.weighed.nonzero()[:, 0])
+    weighed = term.weighed
+    images = world.share(weighed.nonzero()[:, 0])
     value = torch.zeros((), device=images.device)
     for parameter in parameters:
         parameter.grad = None
     for some in images.split(micro_batch or max(1, len(images))):
         if len(some):
-            loss = term.per_image(some).sum() / len(term.weighed)
+            loss = term.per_image(some).sum() / len(weighed)
             loss.backward()
             value += loss.detach()
     total = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -170,10 +170,16 @@ def test_one_pass_for_both_terms_takes_the_images_that_either_weighs():
         return weight * noisy
 
     weight = torch.nn.Parameter(torch.tensor(0.5))
-    keep, forget = (Term(model, torch.ones(4, 1, 2, 2), torch.zeros(4), torch.zeros(4, 1, 2, 2), torch.tensor(w)) for w in ([2.0, 1, 0, 0], [0.0, 1, 3, 0]))
+    noisy = torch.ones(4, 1, 2, 2)
+    keep, forget = (Term(model, noisy, torch.zeros(4), torch.zeros(4, 1, 2, 2), torch.tensor(w)) for w in ([2.0, 1, 0, 0], [0.0, 1, 3, 0]))
     value, (g,) = unlearning.gradient(losses.Difference(keep, forget, torch.tensor(0.1)), [weight])
     # (2 + 1 − 0.1 · (1 + 3)) · weight² over a batch of four
     assert sizes == [3] and value.item() == pytest.approx(2.6 / 4 * 0.25) and g.item() == pytest.approx(2.6 / 4)
+
+
+def test_one_pass_is_refused_for_terms_of_different_noisy_images():
+    with pytest.raises(ValueError, match="share"):
+        step("siss_no_is", Settings(), c=torch.tensor(1.0))
 
 
 def test_the_figures_count_effective_images_and_those_that_matter_to_both_terms():
