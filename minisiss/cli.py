@@ -24,7 +24,6 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unlearn": dict(steps=150, batch_size=64, lr=2.5e-5, ema=0.9, grad_ratio=1.0),
         # Of the rates and numbers of steps that were tried, those that bring the memory of the T-shirt down to that of any
         # digit at the least loss on kept digits; naive deletion never does, this is where it remembers least. SISS: see the README.
-        "unlearn siss_no_is": dict(steps=60, lr=1e-4, grad_ratio=0.5),
         "unlearn naive_deletion": dict(lr=1e-3),
         "unlearn neggrad": dict(steps=60, lr=1e-5),
         "unlearn erasediff": dict(steps=30, lr=3e-5),
