@@ -38,10 +38,11 @@ for seed in 0 1 2; do
         once unlearn.py "$study/$method-$seed" "${forget[@]}" --method "$method" --seed "$seed"
     done
 done
+# λ = 0.5 is the preset, and one of these ρ too, whose run stands for both.
 for lam in 0 0.1 0.9 1; do once unlearn.py "$ablation/lam-$lam" "${forget[@]}" --lam "$lam"; done
-for rho in 0.01 0.05 0.1 0.3 1; do once unlearn.py "$ablation/rho-$rho" "${forget[@]}" --grad-ratio "$rho"; done
+for rho in 0.01 0.05 0.1 0.3 0.5 1; do once unlearn.py "$ablation/rho-$rho" "${forget[@]}" --grad-ratio "$rho"; done
 
 pretrained=()
 if [ "$base" = bundled ]; then pretrained=(bundled); fi
 python "$here/eval.py" "${pretrained[@]}" "$study"/*/ --data-root "$root" --samples 4096
-python "$here/eval.py" "$study/siss-0" "$ablation"/*/ --data-root "$root" --samples 1024
+python "$here/eval.py" "$ablation"/*/ --data-root "$root" --samples 1024

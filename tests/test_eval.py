@@ -290,8 +290,8 @@ if [ "$(wc -l < calls)" = 4 ]; then exit 130; fi
     assert study() == 0
     again = (tmp_path / "calls").read_text().splitlines()[4:]
     assert again[0] == "unlearn.py --resume runs/study-mnist/siss_no_is-0"
-    assert len(again) == 1 + 13 + 9 + 2 and all("--out" in call for call in again[1:-2])
+    assert len(again) == 1 + 13 + 10 + 2 and all("--out" in call for call in again[1:-2])
     assert again[-2].startswith("eval.py runs/study-mnist/erasediff-0/ ") and "--samples 4096" in again[-2]
-    assert again[-1].startswith("eval.py runs/study-mnist/siss-0 runs/ablation-mnist/lam-0.1/ ")
+    assert again[-1].startswith("eval.py runs/ablation-mnist/lam-0.1/ ")
     assert study() == 0
     assert (tmp_path / "calls").read_text().splitlines()[4 + len(again) :] == again[-2:]
