@@ -7,7 +7,8 @@
 
 from argparse import Namespace
 
-from minisiss.cli import Parser, UserError, complain, filename, run
+from minisiss.errors import UserError
+from minisiss.machine.command_line import Parser, complain, filename, run
 
 
 def parse_arguments() -> Namespace:
@@ -35,20 +36,23 @@ def look(args: Namespace) -> int:
     from torchvision.utils import save_image
     from tqdm import tqdm
 
-    from minisiss import distributed, evaluation, metrics, runs
-    from minisiss.checkpoint import load_any
-    from minisiss.data import training_set
-    from minisiss.device import at_precision, pick_device
+    from minisiss.data.training_set import training_set
+    from minisiss.machine import ranks
+    from minisiss.machine.device import at_precision, pick_device
+    from minisiss.metrics import forgetting
+    from minisiss.report import evaluation
+    from minisiss.runs import directory
+    from minisiss.runs.checkpoint import load_any
     from minisiss.sampling import sample_batches
 
     device = pick_device(args.device)
-    world = distributed.start(device)
+    world = ranks.start(device)
     base = load_any(args.checkpoint, args.memory_timesteps, device)
     image_shape = base.model.config.image_shape
     predict = at_precision(base.model, device, args.precision, args.compile)
     data = world.rank_0_first(lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)).to(device)
     originals = data.originals(args.draws)
-    out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))
+    out = world.on_rank_0(lambda: directory.new_directory(args.out, "eval"))
 
     results = {"checkpoint": args.checkpoint, "samples": args.samples, "seed": args.seed}
     copies, first = [], []
@@ -57,7 +61,7 @@ def look(args: Namespace) -> int:
             first += [images] if len(first) < 4 else []
             bar.update(len(images))
             if args.data == "mnist":
-                copies.append(metrics.is_copy(images, originals[:1]))
+                copies.append(forgetting.is_copy(images, originals[:1]))
                 bar.set_postfix_str(f"{torch.cat(copies).sum()} T-shirts")
     if world.rank > 0:
         return 0
@@ -68,11 +72,11 @@ def look(args: Namespace) -> int:
     if first:
         save_image(torch.cat(first), out / "samples.png", nrow=16, normalize=True, value_range=(-1, 1))
     for t in args.memory_timesteps:
-        results[f"memory_{t}"] = found = evaluation.memory(metrics.memory(predict, base.schedule, originals, t, args.seed)[1], originals)
+        results[f"memory_{t}"] = found = evaluation.memory(forgetting.memory(predict, base.schedule, originals, t, args.seed)[1], originals)
         back = f", comes back in {found['comes_back']:.0%} of {args.draws} draws" if "comes_back" in found else ""
         print(f"{data.name} noised to t = {t} and denoised: similarity {found['similarity']:.3f}, {found['psnr']:.1f} dB{back}")
-    runs.write_json(out / "config.json", vars(args))
-    runs.write_json(out / "results.json", results)
+    directory.write_json(out / "config.json", vars(args))
+    directory.write_json(out / "results.json", results)
     print(f"Written to {out / 'results.json'}" + (f"; the first samples are in {out / 'samples.png'}" if first else ""))
     return 0
 
@@ -81,19 +85,23 @@ def compare(args: Namespace) -> int:
     """Every metric for every run, one table and one picture. What is wrong with one run does not stop the others."""
     from tqdm import tqdm
 
-    from minisiss import colour, comparison, distributed, evaluation, metrics, runs
-    from minisiss.checkpoint import load_any
-    from minisiss.classifier import classify, load_classifier
-    from minisiss.data import draw, held_out_digits, step_generator, training_set
-    from minisiss.device import at_precision, pick_device
-    from minisiss.files import write_atomically
-    from minisiss.quality import SPLITS, frechet_distance, moments
+    from minisiss.data.digits import held_out_digits
+    from minisiss.data.training_set import draw, step_generator, training_set
+    from minisiss.machine import ranks
+    from minisiss.machine.device import at_precision, pick_device
+    from minisiss.metrics import colour, forgetting
+    from minisiss.metrics.classifier import classify, load_classifier
+    from minisiss.metrics.quality import SPLITS, frechet_distance, moments
+    from minisiss.report import comparison, evaluation
+    from minisiss.runs import directory
+    from minisiss.runs.checkpoint import load_any
+    from minisiss.runs.files import write_atomically
 
     mnist = args.data == "mnist"
     if args.samples < SPLITS:
         raise UserError(f"--samples {args.samples}: an inception score over {SPLITS} splits needs at least {SPLITS}")
     device = pick_device(args.device)
-    world = distributed.start(device)
+    world = ranks.start(device)
     sscd = colour.load_torchscript(args.sscd, "--sscd", colour.SSCD, device) if args.sscd else None
     inception = colour.load_torchscript(args.inception, "--inception", colour.INCEPTION, device) if args.inception else None
 
@@ -120,8 +128,8 @@ def compare(args: Namespace) -> int:
         kept = data.kept()
     if inception:
         kept_moments = moments(colour.inception_features(inception, draw(data.keep, args.samples, step_generator(args.seed, 0, device))))
-    out = world.on_rank_0(lambda: runs.new_directory(args.out, "eval"))
-    world.on_rank_0(lambda: runs.write_json(out / "config.json", vars(args)))
+    out = world.on_rank_0(lambda: directory.new_directory(args.out, "eval"))
+    world.on_rank_0(lambda: directory.write_json(out / "config.json", vars(args)))
 
     middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
     results, features_of_all = [], []
@@ -137,7 +145,7 @@ def compare(args: Namespace) -> int:
             steps=args.sampling_steps, eta=args.eta, seed=args.seed, precision=args.precision, world=world,
         )  # fmt: skip
         if mnist:
-            copies = metrics.is_copy(samples, originals[:1])
+            copies = forgetting.is_copy(samples, originals[:1])
             features, probabilities = (part.cpu() for part in classify(classifier, samples))
             result |= evaluation.tshirts(copies) | evaluation.quality(features, probabilities, copies.cpu(), real)
             features_of_all.append(moments(features))
@@ -146,12 +154,12 @@ def compare(args: Namespace) -> int:
 
         bar.set_postfix_str(f"{one.name}: memory")
         for t in tqdm(args.memory_timesteps, desc="noise and denoise", unit="timestep", leave=False):
-            denoised = metrics.memory(predict, base.schedule, originals, t, args.seed)[1]
+            denoised = forgetting.memory(predict, base.schedule, originals, t, args.seed)[1]
             result[f"memory_{t}"] = evaluation.memory(denoised, originals, classifier if mnist else None)
             if sscd and t == middle:
                 result["copy_similarity"] = colour.copy_similarity(sscd, denoised, originals).mean().item()
             if not mnist:
-                result[f"kept_memory_{t}"] = evaluation.memory(metrics.memory(predict, base.schedule, kept, t, args.seed)[1], kept)
+                result[f"kept_memory_{t}"] = evaluation.memory(forgetting.memory(predict, base.schedule, kept, t, args.seed)[1], kept)
 
         bar.set_postfix_str(f"{one.name}: likelihood")
         result |= evaluation.likelihood(base.model, base.schedule, originals[:1], args.seed)
@@ -168,9 +176,9 @@ def compare(args: Namespace) -> int:
     losses = f"Denoising loss, by tenths of the timesteps from the least noise to the most:\n\n{comparison.table_of_losses(groups)}\n"
     print(f"\n{table}\n")
     write_atomically(out / "results.md", lambda file: file.write(f"{table}\n\n{comparison.EXPLANATION}\n{losses}".encode()))
-    runs.write_json(out / "results.json", {"rows": {label: [result["run"] for result in members] for label, members in groups.items()}, "runs": results})
+    directory.write_json(out / "results.json", {"rows": {label: [result["run"] for result in members] for label, members in groups.items()}, "runs": results})
     try:
-        from minisiss.plots import save_pareto
+        from minisiss.report.plots import save_pareto
     except ImportError:
         print("No pareto.png: it needs matplotlib (pip install matplotlib)")
     else:

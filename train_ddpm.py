@@ -9,7 +9,8 @@ import time
 from argparse import Namespace
 from dataclasses import fields
 
-from minisiss.cli import Diverged, Parser, UserError, batch_size, number, positive, positive_int, run
+from minisiss.errors import Diverged, UserError
+from minisiss.machine.command_line import Parser, batch_size, number, positive, positive_int, run
 
 FREE_ON_RESUME = {"steps", "device", "precision", "compile", "checkpoint_activations", "sample_every", "save_every", "resume", "out"}
 MOST_PARAMETERS = 10**9  # with their average, gradients and AdamW's state 20 GB
@@ -51,15 +52,17 @@ def main() -> int:
     from torchvision.utils import save_image
     from tqdm import tqdm
 
-    from minisiss import checkpoint, distributed, losses, runs, unlearning
-    from minisiss.data import draw, step_generator, training_set
-    from minisiss.device import at_precision, pick_device
+    from minisiss import losses, unlearning
+    from minisiss.data.training_set import draw, step_generator, training_set
+    from minisiss.machine import ranks
+    from minisiss.machine.device import at_precision, pick_device
+    from minisiss.runs import checkpoint, directory
     from minisiss.sampling import sample
     from minisiss.schedule import NoiseSchedule
     from minisiss.unet import UNet, UNetConfig
 
     device = pick_device(args.device)
-    world = distributed.start(device, args.batch_size)
+    world = ranks.start(device, args.batch_size)
     try:
         config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
     except ValueError as error:
@@ -86,7 +89,7 @@ def main() -> int:
     predict, predict_averaged = (at_precision(network, device, args.precision, args.compile) for network in (world.parallel(model), averaged))
     start, seconds = 0, 0.0
 
-    out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, "train"))
+    out = world.on_rank_0(lambda: directory.open_again(args.resume) if args.resume else directory.new_directory(args.out, "train"))
     if args.resume and (out / "model.pt").exists():  # a run that was killed early has none
         state = checkpoint.load_training(out / "model.pt", model, args.steps)
         model.load_state_dict(state["weights"])
@@ -94,8 +97,8 @@ def main() -> int:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         start, seconds = state["step"], state["seconds"]
     if not args.resume:
-        world.on_rank_0(lambda: runs.write_config(out, args))
-    metrics = runs.Metrics(out, start, writes=world.rank == 0)
+        world.on_rank_0(lambda: directory.write_config(out, args))
+    metrics = directory.Metrics(out, start, writes=world.rank == 0)
     began = time.perf_counter() - seconds
 
     def save(step: int) -> int:
@@ -107,7 +110,7 @@ def main() -> int:
 
     saved = start or save(0)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", unit="step")
-    with runs.Stop() as stop:
+    with directory.Stop() as stop:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)

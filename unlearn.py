@@ -12,7 +12,8 @@ import time
 from argparse import Namespace
 from functools import partial
 
-from minisiss.cli import Diverged, Parser, UserError, batch_size, filename, number, positive, positive_int, run
+from minisiss.errors import Diverged, UserError
+from minisiss.machine.command_line import Parser, batch_size, filename, number, positive, positive_int, run
 
 FREE_ON_RESUME = {"steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples"}
 
@@ -48,10 +49,13 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
-    from minisiss import checkpoint, distributed, metrics, runs, unlearning
-    from minisiss.data import step_generator, training_set
-    from minisiss.device import at_precision, pick_device
-    from minisiss.pictures import save_before_after, save_memory, save_strip
+    from minisiss import unlearning
+    from minisiss.data.training_set import step_generator, training_set
+    from minisiss.machine import ranks
+    from minisiss.machine.device import at_precision, pick_device
+    from minisiss.metrics import forgetting
+    from minisiss.report.pictures import save_before_after, save_memory, save_strip
+    from minisiss.runs import checkpoint, directory
     from minisiss.sampling import sample_batches
 
     if args.method not in unlearning.METHODS:
@@ -59,7 +63,7 @@ def main() -> int:
     if args.norm_every > 1 and "lam" not in unlearning.METHODS[args.method].settings:
         raise UserError(f"--norm-every {args.norm_every}: needs a loss whose two terms share their noisy images, as those of siss do")
     device = pick_device(args.device)
-    world = distributed.start(device, args.batch_size)
+    world = ranks.start(device, args.batch_size)
     base = checkpoint.load_any(args.checkpoint, args.memory_timesteps, device)
     model, schedule, image_shape = base.model, base.schedule, base.model.config.image_shape
     stepped = copy.deepcopy(model)  # takes the steps; `model` is their average, and what is looked at and kept
@@ -79,13 +83,13 @@ def main() -> int:
     settings = unlearning.Settings(args.lam, args.grad_ratio, args.superfactor, args.erasediff_eta)
     loss_settings = {name: getattr(settings, name) for name in method.settings}
     start, seconds, state, c = 0, 0.0, None, None
-    out = world.on_rank_0(lambda: runs.open_again(args.resume) if args.resume else runs.new_directory(args.out, args.method))
+    out = world.on_rank_0(lambda: directory.open_again(args.resume) if args.resume else directory.new_directory(args.out, args.method))
     if not args.resume:
-        world.on_rank_0(lambda: runs.write_config(out, args))
+        world.on_rank_0(lambda: directory.write_config(out, args))
     elif (out / "model.pt").exists():  # a run that was killed early has none
         state = checkpoint.load_training(out / "model.pt", model, args.steps)
         start, seconds = state["step"], state["seconds"]
-    log = runs.Metrics(out, start, writes=world.rank == 0)
+    log = directory.Metrics(out, start, writes=world.rank == 0)
 
     def draw_samples(when: str) -> torch.Tensor:
         """Samples from the same noise at every call: [samples, C, H, W]."""
@@ -98,7 +102,7 @@ def main() -> int:
 
     def recall(originals: torch.Tensor, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images noised to a timestep, and what the model makes of them."""
-        return metrics.memory(predict, schedule, originals, timestep, args.seed)
+        return forgetting.memory(predict, schedule, originals, timestep, args.seed)
 
     def remember(when: str) -> dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
         """What comes back of each set of images at each timestep."""
@@ -107,9 +111,9 @@ def main() -> int:
 
     def look(step: int, denoised: torch.Tensor) -> float:
         """Log what is remembered, by the forget set noised to `middle` and denoised, and how well noise is predicted now."""
-        remembered = metrics.similarity(denoised, forgotten).mean().item()
+        remembered = forgetting.similarity(denoised, forgotten).mean().item()
         # A few images, the same with the same noise at every look: cheap, and the differences are those of the model.
-        (loss_on_kept,), (loss_on_forget,) = (metrics.denoising_loss(predict, schedule, images, 48) for images in (data.keep, data.forget))
+        (loss_on_kept,), (loss_on_forget,) = (forgetting.denoising_loss(predict, schedule, images, 48) for images in (data.keep, data.forget))
         if step > start or start == 0:  # a resumed run has its first look in the log already
             log.write(step=step, seconds=seconds, memory=remembered, memory_timestep=middle, loss_on_kept=loss_on_kept, loss_on_forget=loss_on_forget)
         strip[step] = torch.cat([recall(forgotten[:1], t)[1] for t in args.memory_timesteps])
@@ -134,7 +138,7 @@ def main() -> int:
     saved = start or save(0)
 
     remembered, warned = look(start, (recall(forgotten, middle) if start else memory_before[data.name][middle])[1]), False
-    with runs.Stop() as stop, tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method, unit="step") as bar:
+    with directory.Stop() as stop, tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method, unit="step") as bar:
         for step in bar:
             began = time.perf_counter()
             generator = step_generator(args.seed, step, device)
@@ -175,17 +179,17 @@ def main() -> int:
         return 0
 
     print(f"\n{'':50}{'before':>14}{'after':>14}")
-    copies = metrics.is_copy(before, forgotten[:1]) if args.data == "mnist" else torch.zeros(len(before), dtype=torch.bool)
+    copies = forgetting.is_copy(before, forgotten[:1]) if args.data == "mnist" else torch.zeros(len(before), dtype=torch.bool)
     if args.samples and args.data == "mnist":
-        rate_before, rate_after = copies.float().mean().item(), metrics.is_copy(after, forgotten[:1]).float().mean().item()
+        rate_before, rate_after = copies.float().mean().item(), forgetting.is_copy(after, forgotten[:1]).float().mean().item()
         print(f"{f'T-shirts among {args.samples:,} samples':50}{rate_before:>14.2%}{rate_after:>14.2%}")
         log.write(step=args.steps, seconds=seconds, samples=args.samples, tshirt_rate_before=rate_before, tshirt_rate=rate_after)
     for (name, originals), t in itertools.product(sets.items(), args.memory_timesteps):
         print(f"{f'{name} noised to t = {t} comes back (similarity)':50}", end="")
         for memory in (memory_before, memory_after):
             denoised = memory[name][t][1]
-            alike, db = (measure(denoised, originals).mean() for measure in (metrics.similarity, metrics.psnr))
-            back = f"{metrics.is_copy(denoised, originals).float().mean():.0%}" if args.data == "mnist" else f"{db:.1f} dB"
+            alike, db = (measure(denoised, originals).mean() for measure in (forgetting.similarity, forgetting.psnr))
+            back = f"{forgetting.is_copy(denoised, originals).float().mean():.0%}" if args.data == "mnist" else f"{db:.1f} dB"
             print(f"{f'{back} ({alike:.2f})':>14}", end="")
         print()
     print(f"{'seconds of unlearning':50}{'':14}{seconds:>14.1f}\n")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minisiss.data import step_generator
-from minisiss.distributed import ALONE, World
+from minisiss.data.training_set import step_generator
+from minisiss.machine.ranks import ALONE, World
 from minisiss.schedule import Model, NoiseSchedule
 
 

@@ -9,7 +9,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 MOST_LEVELS = 13  # which is 4096 = 2^12 pixels halved down to one
 # What the fields of a config may be, from … to: configs come in files that anyone may have made.
 LIMITS = {

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from minisiss import losses
-from minisiss.cli import Diverged
-from minisiss.data import TrainingSet, draw
-from minisiss.distributed import ALONE, World
+from minisiss.data.training_set import TrainingSet, draw
+from minisiss.errors import Diverged
 from minisiss.losses import Batch, Term, Terms
+from minisiss.machine.ranks import ALONE, World
 from minisiss.schedule import NoiseSchedule
 
 Gradient = list[Tensor]  # one tensor a parameter

@@ -1,4 +1,5 @@
 import importlib
+import json
 import os
 import sys
 from functools import partial
@@ -13,7 +14,10 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules of the repository's root
 
-from minisiss import checkpoint, cli, metrics, sampling  # noqa: E402
+from minisiss import presets, sampling  # noqa: E402
+from minisiss.machine import command_line  # noqa: E402
+from minisiss.metrics import forgetting  # noqa: E402
+from minisiss.runs import checkpoint  # noqa: E402
 from minisiss.schedule import NoiseSchedule  # noqa: E402
 from minisiss.unet import UNet, UNetConfig  # noqa: E402
 
@@ -28,7 +32,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def tiny_unet() -> UNet:
-    return randomise(UNet(UNetConfig(**cli.PRESETS["mnist-tiny"]["unet"])))
+    return randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"])))
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +42,29 @@ def tiny_checkpoint(tiny_unet, tmp_path_factory) -> Path:
     return path
 
 
+COMMON = {"preset": "mnist-tiny", "steps": 6, "data_root": "bundled", "lr": 1e-4}
+
+
+def make_run(directory: Path, bias: float, seed: int = 0, size: int = 28, steps: int = 6, **settings) -> Path:
+    """A run as the scripts leave it, with a network that always predicts `bias`."""
+    model = UNet(UNetConfig(**{**presets.PRESETS["mnist-tiny"]["unet"], "image_size": size}))
+    torch.nn.init.constant_(model.conv_out.bias, bias)
+    settings = {**COMMON, "seed": seed, "out": str(directory), **settings}
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(settings))
+    script = "unlearn.py" if "method" in settings else "train_ddpm.py"
+    made_by = {"script": script, "settings": settings, "steps": steps, "seconds": 3.0 + seed}
+    checkpoint.save(directory / "model.pt", model, NoiseSchedule.linear(), made_by)
+    if "method" in settings:
+        looks = [{"step": step, "memory": 0.9 - step / 20, "loss_on_kept": 0.03 + step / 1000} for step in (0, 3, 6)]
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    return directory
+
+
 def few_steps(setattr) -> None:
     """Denoise in few steps where the scripts do not say how many: most of a tiny run is pictures that no test looks at."""
     setattr(sampling, "sample", partial(sampling.sample, steps=2))
-    setattr(metrics, "memory", partial(metrics.memory, steps=2))
+    setattr(forgetting, "memory", partial(forgetting.memory, steps=2))
 
 
 @pytest.fixture
@@ -53,7 +76,7 @@ def script(monkeypatch, capsys, tmp_path):
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            cli.run(importlib.import_module(name).main)
+            command_line.run(importlib.import_module(name).main)
         output = capsys.readouterr()
         return stopped.value.code or 0, output.out, output.err
 

@@ -15,7 +15,7 @@ import torch
 from conftest import randomise
 
 from minisiss import losses
-from minisiss.data import TrainingSet
+from minisiss.data.training_set import TrainingSet
 from minisiss.losses import Batch
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig

@@ -14,8 +14,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from minisiss import bench, cli, data, device, folder, unlearning
+from minisiss import presets, unlearning
+from minisiss.data import folder, training_set
+from minisiss.machine import device
 from minisiss.schedule import NoiseSchedule
+from minisiss.study import bench
 from minisiss.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.slow
@@ -74,10 +77,10 @@ def test_a_folder_of_30000_pictures_starts_in_10_seconds_and_streams_with_bounde
 def large_step(checkpoint_activations: bool) -> tuple[int, float, float]:
     """A step of SISS on the faces' network, two images one at a time: parameters, seconds, GB at the peak of this process."""
     cpu = torch.device("cpu")
-    model = UNet(UNetConfig(**cli.PRESETS["celebahq"]["unet"]))
+    model = UNet(UNetConfig(**presets.PRESETS["celebahq"]["unet"]))
     model.checkpoint_activations = checkpoint_activations
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, fused=True)
-    pictures = data.TrainingSet(torch.randint(256, (3, 3, 256, 256), dtype=torch.uint8), 1, "picture")
+    pictures = training_set.TrainingSet(torch.randint(256, (3, 3, 256, 256), dtype=torch.uint8), 1, "picture")
     siss, schedule = unlearning.METHODS["siss"], NoiseSchedule.linear()
     batch = unlearning.draw_batch(pictures, 2, schedule, torch.Generator().manual_seed(0), "rest")
     began = time.monotonic()

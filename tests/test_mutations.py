@@ -13,7 +13,7 @@ import test_losses
 import test_unlearning
 
 from minisiss import losses, unlearning
-from minisiss.cli import Diverged
+from minisiss.errors import Diverged
 
 # The tests that a mutant of losses.py meets: each claim once, at one setting.
 DERIVATIONS = [

@@ -13,7 +13,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from minisiss import checkpoint, data, losses, unlearning
+from minisiss import losses, unlearning
+from minisiss.data import digits, training_set
+from minisiss.runs import checkpoint
 
 TINY_TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
 TINY_UNLEARN = ("--preset", "mnist-tiny")
@@ -100,8 +102,8 @@ def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_another(script
 
 
 def test_training_without_the_forget_set_never_sees_it(script, tmp_path, monkeypatch):
-    seen, draw = [], data.draw
-    monkeypatch.setattr(data, "draw", lambda images, *rest: seen.append(len(images)) or draw(images, *rest))
+    seen, draw = [], training_set.draw
+    monkeypatch.setattr(training_set, "draw", lambda images, *rest: seen.append(len(images)) or draw(images, *rest))
     for name, flags in (("with", ()), ("without", ("--exclude-forget",))):
         script("train_ddpm", *TINY_TRAIN, "--steps", 2, "--out", name, *flags)
     assert set(seen[:2]) == {10_100} and set(seen[2:]) == {10_000}
@@ -142,12 +144,12 @@ def test_a_training_that_is_stopped_and_resumed_equals_one_that_is_not(script, t
 
 @pytest.mark.parametrize("norm_every", [1, 3])
 def test_an_unlearning_that_is_stopped_and_resumed_equals_one_that_is_not(norm_every, script, tiny_checkpoint, tmp_path, monkeypatch):
-    from minisiss import runs
+    from minisiss.runs import directory
 
     arguments = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--norm-every", norm_every)
     assert script("unlearn", *arguments, "--out", "whole")[0] == 0
     with monkeypatch.context() as patch:  # Ctrl-C while the first step runs
-        patch.setattr(runs.Stop, "__enter__", lambda stop: setattr(stop, "signal", signal.SIGINT) or setattr(stop, "previous", {}) or stop)
+        patch.setattr(directory.Stop, "__enter__", lambda stop: setattr(stop, "signal", signal.SIGINT) or setattr(stop, "previous", {}) or stop)
         status, said, _ = script("unlearn", *arguments, "--out", "stopped")
     assert status == 130 and "--resume stopped" in said
     assert script("unlearn", "--resume", "stopped")[0] == 0
@@ -205,7 +207,7 @@ def no_network(monkeypatch):
         os.makedirs(dataset.raw_folder)  # as torchvision does before it tries
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nno network")
 
-    monkeypatch.setattr(data.MNIST, "download", fail)
+    monkeypatch.setattr(digits.MNIST, "download", fail)
 
 
 # What needs files; what the command line alone makes wrong is in test_command_line.py.

@@ -4,8 +4,17 @@ import pytest
 import torch
 from conftest import randomise
 
-from minisiss.cli import PRESETS
-from minisiss.unet import Attention, Downsample, ResidualBlock, UNet, UNetConfig, Upsample, attend, timestep_embedding
+from minisiss.presets import PRESETS
+from minisiss.unet import (
+    Attention,
+    Downsample,
+    ResidualBlock,
+    UNet,
+    UNetConfig,
+    Upsample,
+    attend,
+    timestep_embedding,
+)
 
 SMALL = dict(image_size=8, channels=(8, 16), norm_groups=4, layers_per_block=1)
 

@@ -5,8 +5,8 @@ import torch
 from conftest import randomise
 
 from minisiss import losses, unlearning
-from minisiss.cli import Diverged
-from minisiss.data import TrainingSet
+from minisiss.data.training_set import TrainingSet
+from minisiss.errors import Diverged
 from minisiss.losses import Term, Terms
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig

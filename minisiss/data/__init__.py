@@ -1,0 +1,1 @@
+"""What models are trained on: the digits and the T-shirt, folders of pictures."""

@@ -1,0 +1,122 @@
+"""Training sets X = keep ∪ forget, in memory or as a folder of pictures, and the random draws made from them."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisiss.data.digits import BUNDLED, digits_and_tshirt
+from minisiss.data.folder import ImageFolder
+from minisiss.errors import UserError
+from minisiss.machine.ranks import ALONE, World
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """X with its forget set A ⊂ X last: images: [n, C, H, W] uint8, of which the last `k` are A.
+
+    images is a tensor, or an `ImageFolder` that reads what is indexed.
+    """
+
+    images: Tensor | ImageFolder
+    k: int
+    name: str = "T-shirt"  # what is forgotten, for people
+
+    @property
+    def n(self) -> int:
+        return len(self.images)
+
+    @property
+    def keep(self) -> Tensor | ImageFolder:
+        """X∖A, [n−k, C, H, W] uint8."""
+        return self.images[: self.n - self.k]
+
+    @property
+    def forget(self) -> Tensor | ImageFolder:
+        """A, [k, C, H, W] uint8. Copies of one image count as often as they stand in X."""
+        return self.images[self.n - self.k :]
+
+    def originals(self, count: int) -> Tensor:
+        """`count` images of A, one after the other and from the start again: [count, C, H, W] float32 in [−1, 1].
+
+        Raises UserError where A is empty.
+        """
+        if not self.k:
+            raise UserError("--forget: name the pictures to forget")
+        return to_float(self.forget[torch.arange(count) % self.k])
+
+    def kept(self) -> Tensor:
+        """The first images of X∖A, 64 at most: [≤ 64, C, H, W] float32 in [−1, 1]."""
+        return to_float(self.keep[torch.arange(min(64, len(self.keep)))])
+
+    def to(self, device: torch.device | str) -> "TrainingSet":
+        return TrainingSet(self.images.to(device), self.k, self.name)
+
+
+def training_set(kind: str, root: str, forget: list[str], image_shape: tuple[int, int, int], skip_unreadable: bool = False) -> TrainingSet:
+    """The training set that --data, --data-root and --forget name, for a network of images [C, H, W].
+
+    Raises UserError where it cannot be had, or has images of another shape.
+    """
+    if kind == "pictures":
+        if root == BUNDLED:
+            raise UserError(f"--data-root {BUNDLED}: those are digits; give the folder of your pictures")
+        names = [name for entry in forget for name in read_names(entry)]
+        folder = ImageFolder(root, image_shape, skip_unreadable).with_last(names)
+        return TrainingSet(folder, len(names), names[0] if len(names) == 1 else f"{len(names)} pictures")
+    if forget:
+        raise UserError(f"--forget {forget[0]}: is for --data pictures; among the digits it is the T-shirt that is forgotten")
+    data = mnist_with_tshirt(root)
+    if data.images.shape[1:] != image_shape:
+        has, makes = ("×".join(map(str, shape)) for shape in (data.images.shape[1:], image_shape))
+        raise UserError(f"--data-root {root}: has pictures of {has}, and the network makes {makes} (--image-size, --image-channels, --checkpoint)")
+    return data
+
+
+def read_names(entry: str) -> list[str]:
+    """An entry of --forget: a name, or a text file of names, one a line. Raises UserError for an unreadable or empty one."""
+    if not entry.endswith(".txt"):
+        return [entry]
+    try:
+        names = [line.strip() for line in Path(entry).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--forget {entry}: not a readable text file ({error})") from error
+    if not names:
+        raise UserError(f"--forget {entry}: names no picture")
+    return names
+
+
+def mnist_with_tshirt(root: str) -> TrainingSet:
+    """MNIST's training digits with one T-shirt mixed in as often as makes 1% of the digits (the paper, section 5).
+
+    root: see `digits_and_tshirt`, which may raise UserError.
+    """
+    digits, tshirt = digits_and_tshirt(root)
+    k = len(digits) // 100
+    return TrainingSet(torch.cat([digits, tshirt.expand(k, -1, -1, -1)]), k)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0 … 255 to float32 in [−1, 1], the range the network works in."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [−1, 1] to uint8 in 0 … 255, rounded; what lies outside is clamped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def draw(images: Tensor, count: int, generator: torch.Generator, world: World = ALONE) -> Tensor:
+    """`count` images drawn uniformly with replacement, as float32 in [−1, 1]; of several ranks each has, and reads, its share."""
+    indices = torch.randint(len(images), (count,), generator=generator, device=images.device)
+    return to_float(images[world.share(indices)])
+
+
+def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:
+    """The randomness of one training step, a function of (seed, step) alone.
+
+    So a run that is stopped and resumed draws what the uninterrupted run would have, with no random state to store.
+    """
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{step}".encode()))

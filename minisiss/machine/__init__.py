@@ -1,0 +1,1 @@
+"""What a run runs on: the command line, device and precision, several ranks."""

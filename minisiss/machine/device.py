@@ -1,0 +1,61 @@
+"""Which device to compute on, and in which precision."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from minisiss.errors import UserError
+from minisiss.schedule import Model
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is a GPU where there is one, under torchrun a GPU for each rank.
+
+    Raises UserError for a device this machine does not have, and where the ranks would have to share one.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        if name != "cuda" or ranks > torch.cuda.device_count():
+            raise UserError(f"--device {name}: {ranks} ranks take a GPU each; use --device auto, and no more ranks than GPUs ({torch.cuda.device_count()})")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not usable on this machine; use --device auto or cpu") from error
+    if device.type == "meta":
+        raise UserError(f"--device {name}: holds no numbers; use --device auto or cpu")
+    return device
+
+
+def at_precision(model: nn.Module, device: torch.device, precision: str, compiled: bool = False) -> Model:
+    """The network as a function that computes its convolutions in bfloat16 or float32; weights and output are float32.
+
+    "auto" is bf16 where the processor computes it natively (elsewhere it is emulated, and slower than float32).
+    compiled: by torch.compile, when first called; the function raises UserError where that fails.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and not in every torch ≥ 2.4
+            native = any(getattr(torch.cpu, check, bool)() for check in checks)
+        precision = "bf16" if native else "fp32"
+    if compiled:
+        model = torch.compile(model)
+
+    def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(x, timesteps).float()
+
+    def predict_compiled(x: Tensor, timesteps: Tensor) -> Tensor:
+        for tensor in (x, timesteps):  # SISS's passes have another size each step: compile for sizes, not for each
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return predict(x, timesteps)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(f"--compile: torch.compile failed: {' '.join(str(error).split())[:300]}") from error
+
+    return predict_compiled if compiled else predict

@@ -1,0 +1,119 @@
+"""One run on several devices: `torchrun --nproc-per-node N train_ddpm.py …`, and the same for unlearn.py and eval.py.
+
+torchrun starts N processes, the ranks. Every rank runs the whole script and makes the same random draws; of a batch it
+computes its share, and gradients are added up over the ranks before anything is done with them. So N ranks do what one
+does, to rounding, and hold the same numbers throughout: what one of them decides, all decide. Rank 0 alone speaks
+(`minisiss.command_line.run` sees to that) and writes files.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minisiss.errors import UserError, rank
+
+T = TypeVar("T")
+
+# How long a rank waits for the others: more than rank 0 takes for what it does alone, a download above all. When a rank
+# fails it is torchrun that ends the others, and does not wait for this.
+PATIENCE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run. Of one rank alone every method is the identity, and no process group exists."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This rank's part of a batch [B, …]: the parts follow one another, and their lengths differ by at most one."""
+        return batch.tensor_split(self.size)[self.rank]
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model as one whose backward pass leaves in each parameter the mean over the ranks of their gradients."""
+        return model if self.size == 1 else DistributedDataParallel(model)
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Replace tensors of one dtype by their sums over the ranks, in one message."""
+        if self.size > 1:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+            for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the ranks, detached."""
+        mean = value.detach() / self.size
+        self.sum_([mean])
+        return mean
+
+    def max(self, value: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' tensors, all of one shape, one after the other along the first dimension."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    def on_rank_0(self, function: Callable[[], T]) -> T:
+        """Call a function, one that writes, on rank 0 alone. All ranks get what it returns, or raise the UserError it raises."""
+        if self.size == 1:
+            return function()
+        outcome = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = function()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1]:
+            raise outcome[1]
+        return outcome[0]
+
+    def rank_0_first(self, function: Callable[[], T]) -> T:
+        """Call a function, one that downloads, on rank 0, and when that is done on the others."""
+        result = []
+        self.on_rank_0(lambda: result.append(function()))
+        return result[0] if self.rank == 0 else function()
+
+
+ALONE = World()
+
+
+def start(device: torch.device, batch_size: int = 0) -> World:
+    """Join the other ranks, by NCCL on GPUs and gloo on CPUs; `ALONE` without torchrun.
+
+    Raises UserError when the ranks cannot share a batch of this size.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return ALONE
+    if batch_size % size:
+        raise UserError(f"--batch-size {batch_size}: should be divisible by {size}, the number of ranks that share a batch")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    return World(rank(), size, device)
+
+
+def leave() -> None:
+    """Part from the other ranks at the end of a run that went well. After a failure they might never answer."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What is measured: how much is remembered, how good samples are, how likely a picture is."""

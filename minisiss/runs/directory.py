@@ -1,0 +1,100 @@
+"""A run's directory: config.json, metrics.jsonl, model.pt, pictures; and stopping a run without losing it."""
+
+import itertools
+import json
+import signal
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from minisiss.errors import UserError
+from minisiss.runs.files import UNFINISHED, write_atomically
+
+
+def new_directory(out: str | None, name: str) -> Path:
+    """Create the directory of a new run: `out`, or the first free of runs/name-1, runs/name-2, …
+
+    mkdir is the lock: of two runs that start together, one gets a directory and the other the next, or an error.
+    Raises UserError if `out` exists.
+    """
+    for number in itertools.count(1):
+        path = Path(out) if out is not None else Path("runs") / f"{name}-{number}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            return path
+        except OSError as error:
+            if isinstance(error, FileExistsError) and out is None and path.is_dir():
+                continue
+            raise UserError(f"--out {path}: no new directory can be made there ({error.strerror})") from error
+
+
+def write_config(directory: Path, args: Namespace) -> None:
+    """Write config.json, the settings that --resume goes on with."""
+    write_json(directory / "config.json", {name: value for name, value in vars(args).items() if name not in ("resume", "out")})
+
+
+def open_again(directory: str) -> Path:
+    """The directory of a run to continue, without what a killed process left there half written."""
+    path = Path(directory)
+    for unfinished in path.glob(f"{UNFINISHED}*"):
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a readable JSON file, atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, but for a last one that was cut off. Raises UserError for what is none."""
+    path = directory / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        if any(type(record["step"]) is not int for record in records):
+            raise TypeError("a step is no integer")
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: every line should be a JSON object with a step ({error})") from error
+    return records
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the checkpoint it starts from.
+
+    With `writes` false, as on all ranks but one, the file stays as it is.
+    """
+
+    def __init__(self, directory: Path, start: int = 0, *, writes: bool = True) -> None:
+        self.path, self.writes = directory / "metrics.jsonl", writes
+        if writes and self.path.exists():
+            kept = [record for record in read_metrics(directory) if start and record["step"] <= start]
+            write_atomically(self.path, lambda file: file.write("".join(json.dumps(record) + "\n" for record in kept).encode()))
+
+    def write(self, **record: Any) -> None:
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+class Stop:
+    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step and save; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "Stop":
+        self.signal: int | None = None
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @staticmethod
+    def status(number: int) -> int:
+        """The exit status that a shell expects of a program ended by this signal."""
+        return 128 + number

@@ -1,0 +1,241 @@
+"""Published DDPM weights: the directory that diffusers' UNet2DModel and DDPMScheduler read and write, without diffusers."""
+
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisiss.errors import UserError
+from minisiss.runs.files import check_tensors, read_tensors
+from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet, UNetConfig
+
+WEIGHTS = "diffusion_pytorch_model"
+COUNT = range(1, 4097)
+Arguments = dict[str, tuple[str | None, Any, list]]
+
+
+def only(**values: Any) -> Arguments:
+    """Arguments for which our code has one value, which is also their default."""
+    return {name: (None, value, [value]) for name, value in values.items()}
+
+
+# An argument of theirs: (our name for it, their default where a config leaves it out, what we can reproduce).
+UNET: Arguments = {
+    "_class_name": (None, None, ["UNet2DModel"]),
+    "sample_size": ("image_size", None, [COUNT]),
+    "in_channels": ("image_channels", 3, [COUNT]),
+    "out_channels": ("image_channels", 3, [COUNT]),
+    "block_out_channels": ("channels", [224, 448, 672, 896], [list]),
+    "layers_per_block": ("layers_per_block", 2, [range(1, 17)]),
+    "down_block_types": (None, ["DownBlock2D"] + 3 * ["AttnDownBlock2D"], [list]),
+    "up_block_types": (None, 3 * ["AttnUpBlock2D"] + ["UpBlock2D"], [list]),
+    "attention_head_dim": ("head_channels", 8, [None, COUNT]),
+    "norm_num_groups": ("norm_groups", 32, [COUNT]),
+    "norm_eps": ("norm_eps", 1e-5, [float]),
+    "downsample_padding": ("downsample_padding", 1, [0, 1]),
+    "flip_sin_to_cos": ("flip_sin_to_cos", True, [False, True]),
+    "freq_shift": ("freq_shift", 0, [0, 1]),
+    "dropout": (None, 0.0, [object]),  # matters in training only
+    "num_train_timesteps": (None, None, [object]),  # matters to another time embedding only
+    **only(
+        center_input_sample=False, time_embedding_type="positional", time_embedding_dim=None,
+        mid_block_type="UNetMidBlock2D", mid_block_scale_factor=1, add_attention=True, attn_norm_num_groups=None,
+        downsample_type="conv", upsample_type="conv", act_fn="silu", resnet_time_scale_shift="default",
+        class_embed_type=None, num_class_embeds=None,
+    ),
+}  # fmt: skip
+SCHEDULER: Arguments = {  # their other arguments are about sampling
+    "_class_name": (None, "DDPMScheduler", ["DDPMScheduler", "DDIMScheduler"]),
+    "num_train_timesteps": ("timesteps", 1000, [range(1, 100_001)]),
+    "beta_start": ("beta_start", 1e-4, [float]),
+    "beta_end": ("beta_end", 0.02, [float]),
+    **only(beta_schedule="linear", trained_betas=None, rescale_betas_zero_snr=False, prediction_type="epsilon"),
+}
+
+# Our parameter names to theirs, in this order.
+RENAMES = [
+    (r"^time\.0", "time_embedding.linear_1"),
+    (r"^time\.2", "time_embedding.linear_2"),
+    (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.0", r"\1_blocks.\2.resnets.\3"),
+    (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.1", r"\1_blocks.\2.attentions.\3"),
+    (r"^(down|up)\.(\d+)\.(down|up)sample", r"\1_blocks.\2.\3samplers.0"),
+    (r"^middle\.0", "mid_block.resnets.0"),
+    (r"^middle\.1", "mid_block.attentions.0"),
+    (r"^middle\.2", "mid_block.resnets.1"),
+    (r"^norm_out", "conv_norm_out"),
+    (r"\.time\.", ".time_emb_proj."),
+    (r"\.skip\.", ".conv_shortcut."),
+    (r"\.norm\.", ".group_norm."),
+    (r"\.(query|key|value)\.", lambda match: f".to_{match[1][0]}."),
+    (r"\.out\.", ".to_out.0."),
+]
+# Their attention's names to those in which the first checkpoints were uploaded.
+OLD_NAMES = [(r"\.to_q\.", ".query."), (r"\.to_k\.", ".key."), (r"\.to_v\.", ".value."), (r"\.to_out\.0\.", ".proj_attn.")]
+
+
+def rename(name: str, table: list) -> str:
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def load_pretrained(directory: Path | str) -> tuple[UNet, NoiseSchedule]:
+    """Read a published DDPM, such as google/ddpm-celebahq-256: its network, in float32 on the CPU, and its schedule.
+
+    `directory`, or unet/ in it, holds config.json and diffusion_pytorch_model.safetensors or .bin. The schedule is that
+    of a scheduler_config.json there, beside it or in scheduler/; without one, `NoiseSchedule.linear()`.
+    Raises UserError, naming the file and the value, key or shape, for a model that our UNet cannot reproduce, and for a
+    link that leads out of `directory`.
+    """
+    directory = Path(directory)
+
+    def inside(path: Path) -> Path:
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise UserError(f"{path}: is a link out of {directory}; put a copy of the file there")
+        return path
+
+    folder = next((f for f in (directory, directory / "unet") if (f / "config.json").is_file()), None)
+    if folder is None:
+        raise UserError(f"{directory}: holds no published model (no config.json in it or in its unet/)")
+    config = read_json(inside(folder / "config.json"), unet_config)
+    places = [place / "scheduler_config.json" for f in (folder, directory) for place in (f, f / "scheduler")]
+    scheduler = next((place for place in places if place.is_file()), None)
+    schedule = read_json(inside(scheduler), noise_schedule) if scheduler else NoiseSchedule.linear()
+    with torch.device("meta"):  # names and shapes only: memory comes when all of them fit
+        model = UNet(config)
+    weights = read_weights(inside(weights_file(folder)), model)
+    model.to_empty(device="cpu").load_state_dict(weights)
+    return model, schedule
+
+
+def save_pretrained(directory: Path | str, model: UNet, schedule: NoiseSchedule) -> None:
+    """Write a model where `load_pretrained`, and diffusers, can read it: all of it or, if that fails, nothing.
+
+    Raises UserError if `directory` already holds something, or if the schedule is not linear.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: already exists; name a new directory to save the model in")
+    # A float32's shortest decimal is what the schedule was made from: 0.0001, not 9.9999997e-05.
+    start, end = (float(str(beta)) for beta in schedule.betas[[0, -1]].cpu().numpy())
+    if not torch.allclose(torch.linspace(start, end, len(schedule)), schedule.betas.cpu(), rtol=1e-4, atol=0):
+        raise UserError(f"{directory}: a schedule that is not linear cannot be saved in this form")
+    betas = {"num_train_timesteps": len(schedule), "beta_start": start, "beta_end": end, "beta_schedule": "linear"}
+    unet = {name: getattr(model.config, ours) for name, (ours, _, _) in UNET.items() if ours}
+    weights = {rename(name, RENAMES): tensor.cpu() for name, tensor in model.state_dict().items()}
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        for file, config in {
+            "config.json": {"_class_name": "UNet2DModel", **unet, **block_types(model.config)},
+            "scheduler_config.json": {"_class_name": "DDPMScheduler", **betas},
+        }.items():
+            (new / file).write_text(json.dumps(config, indent=2) + "\n")
+        # Not .safetensors: writing .bin needs nothing but torch, and every version of diffusers reads it.
+        torch.save(weights, new / f"{WEIGHTS}.bin")
+        os.replace(new, directory)
+
+
+def block_types(config: UNetConfig) -> dict[str, list[str]]:
+    """Their names for our levels; the way up mirrors the way down."""
+    levels = range(len(config.channels))
+    down = ["AttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels]
+    return {"down_block_types": down, "up_block_types": [name.replace("Down", "Up") for name in reversed(down)]}
+
+
+def unet_config(published: dict[str, Any]) -> UNetConfig:
+    """The UNetConfig of a config.json. Raises ValueError for what our UNet does not do."""
+    values = checked(published, UNET)
+    if unknown := [name for name in published if name not in UNET and not name.startswith("_")]:
+        raise ValueError(f"{unknown[0]} is no argument of UNet2DModel that minisiss knows")
+    if values["in_channels"] != values["out_channels"]:
+        raise ValueError(f"out_channels is {values['out_channels']}; expected in_channels, {values['in_channels']}")
+    attention = [level for level, name in enumerate(values["down_block_types"]) if name == "AttnDownBlock2D"]
+    config = UNetConfig(attention_levels=attention, **{ours: values[name] for name, (ours, _, _) in UNET.items() if ours})
+    for name, expected in block_types(config).items():
+        if values[name] != expected:
+            raise ValueError(f"{name} is {json.dumps(values[name])}; expected {json.dumps(expected)}")
+    return config
+
+
+def noise_schedule(published: dict[str, Any]) -> NoiseSchedule:
+    """The schedule of a scheduler_config.json. Raises ValueError for one that is not linear, or a network not predicting ε."""
+    values = checked(published, SCHEDULER)
+    return NoiseSchedule.linear(**{ours: values[name] for name, (ours, _, _) in SCHEDULER.items() if ours})
+
+
+def checked(published: dict[str, Any], arguments: Arguments) -> dict[str, Any]:
+    """The value of each of `arguments`, or its default. Raises ValueError for a value we cannot reproduce."""
+
+    def fits(value: Any, wanted: Any) -> bool:
+        if isinstance(wanted, range):
+            return type(value) is int and value in wanted
+        return isinstance(value, wanted) if isinstance(wanted, type) else value == wanted
+
+    def describe(wanted: Any) -> str:
+        if isinstance(wanted, range):
+            return f"an integer from {wanted[0]} to {wanted[-1]}"
+        return f"a {wanted.__name__}" if isinstance(wanted, type) else json.dumps(wanted)
+
+    values = {name: published.get(name, default) for name, (_, default, _) in arguments.items()}
+    for name, (_, _, accepted) in arguments.items():
+        if not any(fits(values[name], wanted) for wanted in accepted):
+            raise ValueError(f"{name} is {json.dumps(values[name])[:80]}; expected {' or '.join(map(describe, accepted))}")
+    return values
+
+
+def read_json(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    """`parse` of the JSON object in a file. Raises UserError, naming the file, for what either finds wrong."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("should hold one JSON object")
+        return parse(values)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of weights in `folder`, the safe one if it can be read. Raises UserError if there is none."""
+    safe, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
+    installed = importlib.util.find_spec("safetensors") is not None
+    if not safe.is_file() and not pickled.is_file():
+        raise UserError(f"{folder}: holds no weights (neither {safe.name} nor {pickled.name})")
+    if not pickled.is_file() and not installed:
+        raise UserError(f'{safe}: reading it needs an optional extra: pip install "minisiss[safetensors]"')
+    return safe if safe.is_file() and installed else pickled
+
+
+def read_weights(path: Path, model: UNet) -> dict[str, Tensor]:
+    """The weights in a file under our names: all of `model`'s, in its shapes, and no other. Raises UserError otherwise."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = dict(read_tensors(path))
+    except Exception as error:  # a damaged file can fail anywhere in the readers
+        raise UserError(f"{path}: not a readable file of weights (truncated, damaged, or of another program)") from error
+
+    names, shapes = {}, {}
+    for ours, parameter in model.state_dict().items():
+        theirs = rename(ours, RENAMES)
+        if theirs not in state and rename(theirs, OLD_NAMES) in state:
+            theirs = rename(theirs, OLD_NAMES)
+        tensor = state.get(theirs)
+        if isinstance(tensor, Tensor) and tensor.shape == (*parameter.shape, 1, 1):
+            state[theirs] = tensor[..., 0, 0]  # the oldest attention: linear layers as 1×1 convolutions
+        names[ours], shapes[theirs] = theirs, parameter.shape
+    check_tensors(path, state, shapes)
+    return {ours: state[theirs] for ours, theirs in names.items()}
