@@ -1,9 +1,11 @@
 """The losses of data unlearning, as pure functions of (model, batch, schedule, …).
 
 Notation: X is the training set (n images), A ⊂ X the forget set (k images), m_t a noisy image at timestep t,
-q(m_t|x) = N(γ_t x, σ_t² I). All of them are sums of terms weight · ‖target − ε_θ(noisy image, t)‖², so a loss here says
-which noisy images, which targets and which weights; `Term` holds these, and `minisiss.unlearning` makes a step of them.
-Papers: SISS is Alberti et al. (ICLR 2025); EraseDiff is Wu et al. (2024); ε-matching is Ho et al. (2020).
+q(m_t|x) = N(γ_t x, σ_t² I). All of them are sums of terms weight · ‖target − ε_θ(noisy image, t)‖², so a loss
+here says which noisy images, which targets and which weights; `Term` holds these, and `minisiss.unlearning`
+makes a step of them. Not here: how the terms' gradients are combined (`unlearning.step`), and where x and a
+come from (`draw_batch`). Papers: SISS is Alberti et al. (ICLR 2025); EraseDiff is Wu et al. (2024);
+ε-matching is Ho et al. (2020).
 """
 
 import math
@@ -17,8 +19,9 @@ from minisiss.schedule import Model, NoiseSchedule, per_image
 # An image whose weight in a term is below this adds nothing to that term's float32 gradient: it is left out.
 NEGLIGIBLE = 1e-8
 
-# Weights saturate at e^40. Only λ = 0 or 1 gets there (a weight is at most 1/λ or 1/(1−λ) otherwise), and only for an
-# m_t that its proposal never draws; a finite number keeps sums and squares of weights finite in float32 there too.
+# Weights saturate at e^40. Only λ = 0 or 1 gets there (otherwise a weight is at most 1/λ or 1/(1−λ)), and
+# only for an m_t that its proposal never draws; a finite number keeps sums and squares of weights finite in
+# float32 there too.
 MAX_LOG_WEIGHT = 40.0
 
 
@@ -29,7 +32,7 @@ class Batch:
     x, a, noise, uniform: [B, C, H, W]; timesteps: [B] int; pick: [B].
     """
 
-    x: Tensor  # from X, or from X∖A: see `minisiss.unlearning.draw_batch`
+    x: Tensor  # from X, or from X∖A: see `unlearning.draw_batch`
     a: Tensor  # from A
     timesteps: Tensor
     noise: Tensor  # from N(0, I)
@@ -41,7 +44,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Term:
-    """weight · ‖target − ε_θ(noisy, t)‖² for each image of a batch; the network runs only when this is evaluated.
+    """weight · ‖target − ε_θ(noisy, t)‖² for each image of a batch; the network runs when `per_image` is
+    called.
 
     noisy, target: [B, C, H, W]; timesteps, weight: [B]. The weights do not depend on the network.
     """
@@ -53,8 +57,8 @@ class Term:
     weight: Tensor
 
     @property
-    def weighed(self) -> Tensor:
-        """The images that matter to this term: [B] bool."""
+    def counts(self) -> Tensor:
+        """Which images count in this term, those whose weight is not negligible: [B] bool."""
         return self.weight > NEGLIGIBLE
 
     def per_image(self, images: Tensor | None = None) -> Tensor:
@@ -64,29 +68,30 @@ class Term:
         return self.error(self.model(self.noisy[images], self.timesteps[images]), images)
 
     def error(self, prediction: Tensor, images: Tensor) -> Tensor:
-        """The loss of the images at these indices, from what the network made of them: [number of indices]."""
+        """The loss of the images at these indices, from what the network made of them: [number of
+        indices]."""
         return self.weight[images] * squared_error(prediction, self.target[images])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """keep − c · forget, for two terms of the same noisy images: one pass through the network instead of two.
+    """keep − c · forget, for two terms of the same noisy images: one pass through the network serves both.
 
     Raises ValueError for terms of different ones.
     """
 
     keep: Term
     forget: Term
-    c: Tensor
+    c: float
 
     def __post_init__(self) -> None:
         if self.keep.noisy is not self.forget.noisy:
             raise ValueError("one pass for two terms needs them to share their noisy images")
 
     @property
-    def weighed(self) -> Tensor:
-        """The images that matter to either term: [B] bool."""
-        return self.keep.weighed | self.forget.weighed
+    def counts(self) -> Tensor:
+        """Which images count in either term: [B] bool."""
+        return self.keep.counts | self.forget.counts
 
     def per_image(self, images: Tensor) -> Tensor:
         """The difference of the losses of the images at these indices: [number of indices]."""
@@ -101,14 +106,22 @@ class Terms:
     keep: Term | None = None
     forget: Term | None = None
 
+    @property
+    def share_images(self) -> bool:
+        """Whether both terms are of the same noisy images."""
+        return self.keep is not None and self.forget is not None and self.keep.noisy is self.forget.noisy
+
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """‖target − prediction‖² of each image, as the mean over its pixels so that image sizes compare: [B]."""
     return (target - prediction).pow(2).flatten(1).mean(dim=1)
 
 
-def epsilon_matching(model: Model, x: Tensor, timesteps: Tensor, noise: Tensor, schedule: NoiseSchedule, weight: float = 1.0) -> Term:
-    """L_S = E ‖noise − ε_θ(m_t, t)‖² with m_t = γ_t x + σ_t noise and x from a set S (Ho et al. 2020, eq. 14)."""
+def epsilon_matching(
+    model: Model, x: Tensor, timesteps: Tensor, noise: Tensor, schedule: NoiseSchedule, weight: float = 1.0
+) -> Term:
+    """L_S = E ‖noise − ε_θ(m_t, t)‖² with m_t = γ_t x + σ_t noise and x from a set S (Ho et al. 2020, eq.
+    14)."""
     weights = torch.full((len(x),), weight, dtype=x.dtype, device=x.device)
     return Term(model, schedule.add_noise(x, noise, timesteps), timesteps, noise, weights)
 
@@ -123,13 +136,14 @@ def neggrad(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
     return Terms(forget=epsilon_matching(model, batch.a, batch.timesteps, batch.noise, schedule))
 
 
-def siss(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float = 0.5) -> Terms:
+def siss(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float) -> Terms:
     """SISS, the paper's loss, from one noisy image m_t ~ q_λ:
 
         keep:    n/(n−k) · w_x ‖ε_x − ε_θ(m_t, t)‖²,   ε_x = (m_t − γ_t x)/σ_t
         forget:  k/(n−k) · w_a ‖ε_a − ε_θ(m_t, t)‖²,   ε_a = (m_t − γ_t a)/σ_t
 
-    With x ~ X, E[keep − forget] = L_{X∖A} for every λ and every network; E[keep − (1+s) · forget] subtracts more.
+    With x ~ X, E[keep − forget] = L_{X∖A} for every λ and every network; E[keep − (1+s) · forget] subtracts
+    more.
     """
     x, a, n, k = batch.x, batch.a, batch.n, batch.k
     gamma, sigma = schedule.gamma[batch.timesteps], schedule.sigma[batch.timesteps]
@@ -153,33 +167,40 @@ def siss_no_is(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
 
 
 def erasediff(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
-    """EraseDiff: keep L_{X∖A}; pull the prediction on the forget set to noise, ‖u − ε_θ(a_t, t)‖² with u ~ U(0, 1).
+    """EraseDiff: keep L_{X∖A}; pull the prediction on the forget set to noise, ‖u − ε_θ(a_t, t)‖² with u ~
+    U(0, 1).
 
-    Here the forget term is descended on too, by its own rule: see `minisiss.unlearning.erasediff_rule`.
+    Here the forget term is descended on too, by its own rule: see `unlearning.erasediff_rule`.
     """
     keep = epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule)
     a_t = schedule.add_noise(batch.a, batch.noise, batch.timesteps)
     return Terms(keep, forget=Term(model, a_t, batch.timesteps, batch.uniform, torch.ones_like(keep.weight)))
 
 
-def sample_mixture(x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Tensor, sigma: Tensor, lam: float) -> Tensor:
+def sample_mixture(
+    x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Tensor, sigma: Tensor, lam: float
+) -> Tensor:
     """m_t ~ q_λ = (1−λ) q(·|x) + λ q(·|a): m_t = γ_t · (x, or a where pick < λ) + σ_t · noise.
 
-    One noise tensor and one timestep serve both components. x, a, noise: [B, C, H, W]; pick, gamma, sigma: [B].
+    One noise tensor and one timestep serve both components. x, a, noise: [B, C, H, W]; pick, gamma, sigma:
+    [B].
     """
     chosen = torch.where(per_image(pick < lam), a, x)
     return per_image(gamma) * chosen + per_image(sigma) * noise
 
 
-def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+def importance_weights(
+    m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Tensor, lam: float
+) -> tuple[Tensor, Tensor]:
     """w_x = q(m|x)/q_λ(m|x,a) and w_a = q(m|a)/q_λ(m|x,a), so that (1−λ) w_x + λ w_a = 1.
 
     With Δ = log q(m|a) − log q(m|x) = ‖m − γx‖²/2σ² − ‖m − γa‖²/2σ²:
 
         w_x = 1/((1−λ) + λ e^Δ),   w_a = 1/((1−λ) e^−Δ + λ)
 
-    The two squared distances are large and nearly equal; their common part cancels on paper instead of in float32:
-    Δ = γ/σ² · ⟨x − a, γ (x + a)/2 − m⟩. The exponentials stay in log space, finite for every m and λ.
+    The two squared distances are large and nearly equal; their common part cancels on paper instead of in
+    float32: Δ = γ/σ² · ⟨x − a, γ (x + a)/2 − m⟩. The exponentials stay in log space, finite for every m and
+    λ.
 
     m, x, a: [B, C, H, W]; gamma, sigma, w_x, w_a: [B]. Raises ValueError unless 0 ≤ λ ≤ 1.
     """

@@ -1,12 +1,8 @@
 """From noise to images: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021a), one function."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from minisiss.data.training_set import step_generator
-from minisiss.machine.ranks import ALONE, World
 from minisiss.schedule import Model, NoiseSchedule
 
 
@@ -29,13 +25,14 @@ def denoise_from(
 ) -> Tensor:
     """Draw images x_0 given their noisy state m_t at one timestep t = `timestep`.
 
-    With ᾱ and ᾱ' at one timestep and at the next lower one that is visited (Song et al. 2021a, eqs. 12 and 16):
+    With ᾱ and ᾱ' at one timestep and at the next lower one that is visited (Song et al. 2021a, eqs. 12 and
+    16):
 
         x̂_0 = (x − √(1−ᾱ) ε_θ) / √ᾱ                                 (clipped to [−1, 1] if `clip`)
         x'  = √ᾱ' x̂_0 + √(1−ᾱ'−s²) ε + s z,   s² = η² · (1−ᾱ')/(1−ᾱ) · (1 − ᾱ/ᾱ'),   z ~ N(0, I)
 
-    eta = 0 is deterministic DDIM. eta = 1 is ancestral DDPM sampling: over all T timesteps exactly Ho et al.'s
-    algorithm 2 with the posterior's variance β̃_t.
+    eta = 0 is deterministic DDIM. eta = 1 is ancestral DDPM sampling: over all T timesteps exactly Ho et
+    al.'s algorithm 2 with the posterior's variance β̃_t.
 
     noisy: [B, C, H, W]; returns [B, C, H, W], in [−1, 1] when clipped. Reproducible from `generator`.
     """
@@ -66,34 +63,8 @@ def sample(
     clip: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw images of the given shape [B, C, H, W] from the model: noise from N(0, I), denoised from t = T−1."""
+    """Draw images of the given shape [B, C, H, W] from the model: noise from N(0, I), denoised from t =
+    T−1."""
     device = schedule.gamma.device
     noise = torch.randn(shape, generator=generator, device=device)
     return denoise_from(model, schedule, noise, len(schedule) - 1, steps=steps, eta=eta, clip=clip, generator=generator)
-
-
-def sample_batches(
-    model: Model,
-    schedule: NoiseSchedule,
-    count: int,
-    image_shape: tuple[int, int, int],
-    seed: int,
-    *,
-    batch_size: int = 64,
-    steps: int = 50,
-    eta: float = 1.0,
-    world: World = ALONE,
-) -> Iterator[Tensor]:
-    """Draw `count` images in batches, each from noise that is a function of the seed and the batch's place.
-
-    So two models are compared on the same noise. The ranks take turns at the batches, and all get all of them, in order.
-    Yields [≤ batch_size, C, H, W].
-    """
-    device = schedule.gamma.device
-    for first in range(0, count, batch_size * world.size):
-        begin = first + batch_size * world.rank
-        images = torch.zeros(batch_size, *image_shape, device=device)  # of one size on all ranks, also where the samples end
-        if (size := min(batch_size, count - begin)) > 0:
-            generator = step_generator(seed, begin // batch_size, device)
-            images[:size] = sample(model, schedule, (size, *image_shape), steps=steps, eta=eta, generator=generator)
-        yield from world.gather(images)[: count - first].split(batch_size)

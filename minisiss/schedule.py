@@ -28,14 +28,15 @@ class NoiseSchedule:
     def linear(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
         """β_t rising linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
         if timesteps < 1 or not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"need timesteps ≥ 1 and 0 < beta_start ≤ beta_end < 1, got {timesteps}, {beta_start}, {beta_end}")
+            found = f"{timesteps}, {beta_start}, {beta_end}"
+            raise ValueError(f"need timesteps ≥ 1 and 0 < beta_start ≤ beta_end < 1, got {found}")
         return cls.from_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
         """The schedule of any β: [T], each in (0, 1). Computed in float64: 1 − ᾱ_t cancels at small t.
 
-        Raises ValueError where nothing is left of the image, from which no sampling leads back.
+        Raises ValueError where nothing is left of the image: no sampling leads back from there.
         """
         betas = betas.double()
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)

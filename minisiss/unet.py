@@ -1,7 +1,9 @@
-"""The noise predictor ε_θ(x_t, t): the U-Net of Ho et al. 2020, "Denoising Diffusion Probabilistic Models"."""
+"""The noise predictor ε_θ(x_t, t): the U-Net of Ho et al. 2020, "Denoising Diffusion Probabilistic
+Models"."""
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -10,29 +12,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MOST_LEVELS = 13  # which is 4096 = 2^12 pixels halved down to one
-# What the fields of a config may be, from … to: configs come in files that anyone may have made.
-LIMITS = {
-    "image_size": (1, 4096), "image_channels": (1, 4096), "channels": (1, 4096), "layers_per_block": (1, 16),
-    "attention_levels": (0, MOST_LEVELS - 1), "head_channels": (1, 4096), "norm_groups": (1, 4096), "norm_eps": (1e-12, 1.0),
-    "downsample_padding": (0, 1), "flip_sin_to_cos": (0, True), "freq_shift": (0, 1),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Everything that fixes the shape of a `UNet`; the later fields are where published DDPM checkpoints differ."""
+    """Everything that fixes the shape of a `UNet`; the later fields are where published DDPM checkpoints
+    differ.
 
-    image_size: int = 28
-    image_channels: int = 1
-    channels: tuple[int, ...] = (64, 128, 256)  # one entry per level; each level after the first halves the resolution
-    layers_per_block: int = 2  # residual blocks per level on the way down; one more on the way up
-    attention_levels: tuple[int, ...] = (1,)  # levels with self-attention after every residual block, first level = 0
-    head_channels: int | None = None  # channels of one attention head; None: a single head
-    norm_groups: int = 32
-    norm_eps: float = 1e-6
-    downsample_padding: int = 1  # 1: symmetric; 0: a row below and a column to the right, as in Ho et al.
-    flip_sin_to_cos: bool = False  # time embedding: False [sin, cos], True [cos, sin]
-    freq_shift: int = 1  # time embedding: frequencies 10000^(−i / (half − freq_shift))
+    Of each field: its type, the least and the most that it may be, as configs come in files that anyone may
+    have made, and what it means. Raises ValueError for values that are none, or that do not fit together.
+    """
+
+    image_size: Annotated[int, 1, 4096, "pixels of a side"] = 28
+    image_channels: Annotated[int, 1, 4096, "1: grey, 3: colour"] = 1
+    channels: Annotated[tuple[int, ...], 1, 4096, "of each level; every level but the first halves the resolution"] = (
+        64, 128, 256,
+    )  # fmt: skip
+    layers_per_block: Annotated[int, 1, 16, "residual blocks a level on the way down; one more on the way up"] = 2
+    attention_levels: Annotated[tuple[int, ...], 0, 12, "levels with self-attention, the first level is 0"] = (1,)
+    head_channels: Annotated[int | None, 1, 4096, "channels of an attention head; by default a single head"] = None
+    norm_groups: Annotated[int, 1, 4096, "groups of GroupNorm"] = 32
+    norm_eps: Annotated[float, 1e-12, 1.0, "ε of GroupNorm"] = 1e-6
+    downsample_padding: Annotated[int, 0, 1, "1: symmetric; 0: a row below, a column to the right (Ho et al.)"] = 1
+    flip_sin_to_cos: Annotated[bool, 0, True, "time embedding: 0: [sin, cos]; 1: [cos, sin]"] = False
+    freq_shift: Annotated[int, 0, 1, "time embedding: frequencies 10000^(−i / (half − freq_shift))"] = 1
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -40,17 +43,10 @@ class UNetConfig:
         return self.image_channels, self.image_size, self.image_size
 
     def __post_init__(self) -> None:
-        for name, (low, high) in LIMITS.items():
-            value, several = getattr(self, name), name in ("channels", "attention_levels")
-            if several and (not isinstance(value, (list, tuple)) or len(value) > MOST_LEVELS):
-                raise ValueError(f"{name} must be a list, of at most {MOST_LEVELS}, got {str(value)[:80]}")
-            for one in value if several else [value]:
-                # The type too: True is no number of channels, and 3.0 no number of blocks.
-                right = type(one) in (type(low), type(high)) and low <= one <= high
-                if not right and not (one is None and name == "head_channels"):
-                    kind = "a number" if isinstance(low, float) else "integers" if several else "an integer"
-                    raise ValueError(f"{name} must be {kind} from {low} to {high}, got {str(value)[:80]}")
-            if several:  # JSON has lists and no tuples
+        for name, value in list(vars(self).items()):
+            if wanted := expected(name, value):
+                raise ValueError(f"{name} must be {wanted}, got {str(value)[:80]}")
+            if isinstance(value, list):  # JSON has lists and no tuples
                 object.__setattr__(self, name, tuple(value))
         levels = len(self.channels)
         if not levels:
@@ -61,10 +57,28 @@ class UNetConfig:
             raise ValueError(f"the first of channels {self.channels} must be even: it is the time embedding's width")
         if any(not 0 <= level < levels for level in self.attention_levels):
             raise ValueError(f"attention_levels {self.attention_levels} must lie in 0 … {levels - 1}")
-        if self.head_channels and any(self.channels[i] % self.head_channels for i in (*self.attention_levels, levels - 1)):
+        with_attention = {*self.attention_levels, levels - 1}
+        if self.head_channels and any(self.channels[level] % self.head_channels for level in with_attention):
             raise ValueError(f"head_channels {self.head_channels} must divide the channels of every level with attention")
         if self.image_size % 2 ** (levels - 1):
             raise ValueError(f"image_size {self.image_size} must be divisible by 2^{levels - 1} for {levels} levels")
+
+
+def expected(name: str, value: Any) -> str | None:
+    """What a field of `UNetConfig` should be, in words, where it is not that; None where the value will
+    do."""
+    kind, low, high, _ = get_args(get_type_hints(UNetConfig, include_extras=True)[name])
+    several, optional = get_origin(kind) is tuple, type(None) in get_args(kind)
+    if several and not (isinstance(value, (list, tuple)) and len(value) <= MOST_LEVELS):
+        return f"a list, of at most {MOST_LEVELS}"
+    # The type too: True is no number of channels, and 3.0 no number of blocks.
+    right = [type(one) in (type(low), type(high)) and low <= one <= high for one in (value if several else [value])]
+    if all(right) or (optional and value is None):
+        return None
+    number = "a number" if kind is float else "a list of integers" if several else "an integer"
+    pair = high - low == 1 and kind is not float
+    words = f"{low} or {high}".lower() if pair else f"{number} from {low} to {high}"
+    return f"null or {words}" if optional else words
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
@@ -118,8 +132,8 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v, [B, heads, N, d] each."""
     if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
-        # torch's fused kernel gains nothing from bf16 on a CPU, and going back it takes twice as long as this. But this
-        # keeps [B, heads, N, N] for the way back: not for larger pictures.
+        # torch's fused kernel gains nothing from bf16 on a CPU, and going back it takes twice as long as
+        # this. But this keeps [B, heads, N, N] for the way back: not for larger pictures.
         return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -156,7 +170,8 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # keep only what goes between the blocks, and compute the rest again on the way back
+        # Keep only what goes between the blocks, and compute the rest again on the way back.
+        self.checkpoint_activations = False
         channels, levels = config.channels, range(len(config.channels))
         time_channels = 4 * channels[0]
 
@@ -174,7 +189,8 @@ class UNet(nn.Module):
         for level in levels:
             blocks = nn.ModuleList()
             for _ in range(config.layers_per_block):
-                blocks.append(nn.ModuleList([ResidualBlock(width, channels[level], time_channels, config), attention(level)]))
+                residual = ResidualBlock(width, channels[level], time_channels, config)
+                blocks.append(nn.ModuleList([residual, attention(level)]))
                 skips.append(width := channels[level])
             last = level == levels[-1]
             if not last:
@@ -194,7 +210,8 @@ class UNet(nn.Module):
             blocks = nn.ModuleList()
             for _ in range(config.layers_per_block + 1):
                 joined = width + skips.pop()
-                blocks.append(nn.ModuleList([ResidualBlock(joined, channels[level], time_channels, config), attention(level)]))
+                residual = ResidualBlock(joined, channels[level], time_channels, config)
+                blocks.append(nn.ModuleList([residual, attention(level)]))
                 width = channels[level]
             double = Upsample(width) if level > 0 else nn.Identity()
             self.up.append(nn.ModuleDict({"blocks": blocks, "upsample": double}))
@@ -234,7 +251,8 @@ class UNet(nn.Module):
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Start a residual branch at zero, so that the untrained network is close to the identity (Ho et al. 2020)."""
+    """Start a residual branch at zero, so that the untrained network is close to the identity (Ho et al.
+    2020)."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -4,20 +4,20 @@ Every method's gradient has the form
 
     g = g_keep − c · g_forget
 
-with the gradients of its two terms (see `minisiss.losses`) and a coefficient c by a rule of its own.
+with the gradients of its two terms (see `minisiss.losses`) and a coefficient c by a rule of its own. Not
+here: parts of a batch and several devices. `machine.ranks.gradient_in_parts` puts those in the place of
+`gradient`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisiss import losses
-from minisiss.data.training_set import TrainingSet, draw
-from minisiss.errors import Diverged
-from minisiss.losses import Batch, Term, Terms
-from minisiss.machine.ranks import ALONE, World
+from minisiss.losses import Batch, Difference, Term, Terms
 from minisiss.schedule import NoiseSchedule
 
 Gradient = list[Tensor]  # one tensor a parameter
@@ -25,19 +25,29 @@ Gradient = list[Tensor]  # one tensor a parameter
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers that the methods take."""
+    """The numbers that the methods take. Of each: its type, the least and the most it may be, and what it
+    means."""
 
-    lam: float = 0.5  # λ: share of the mixture drawn around the forget set
-    grad_ratio: float = 0.1  # ρ: norm of the subtracted gradient over the norm of the kept one
-    superfactor: float | None = None  # s: instead of the norm rule, subtract (1+s) times
-    erasediff_eta: float = 0.1  # η: how much of the forget gradient to descend even where both gradients agree
+    lam: Annotated[float, 0, 1, "λ of the mixture: the share of noisy images made from the forget set (siss)"] = 0.5
+    grad_ratio: Annotated[
+        float, 0, None, "ρ: norm of the subtracted gradient, as a fraction of the kept one's (siss, siss_no_is)"
+    ] = 0.1
+    superfactor: Annotated[
+        float | None, 0, None, "s: subtract (1+s) times, instead of the rule by norms; 0: the theory's naive deletion"
+    ] = None
+    erasediff_eta: Annotated[float, 0, None, "η: least share of EraseDiff's forget gradient to descend on"] = 0.1
+
+    @property
+    def known_c(self) -> float | None:
+        """c = 1 + s: where s is given, c is known before any gradient."""
+        return None if self.superfactor is None else 1 + self.superfactor
 
 
 def subtract(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
-    """c = ρ ‖g_keep‖ / ‖g_forget‖ (the paper, section 5), or c = 1 + s where a superfactor is given."""
-    if settings.superfactor is not None:
-        return torch.tensor(1 + settings.superfactor, device=g_keep[0].device)
-    # A batch in which no image matters to the forget term has g_forget = 0, and c · 0 = 0 needs c finite.
+    """c = ρ ‖g_keep‖ / ‖g_forget‖ (the paper, section 5), or the c that is known."""
+    if settings.known_c is not None:
+        return torch.tensor(settings.known_c, device=g_keep[0].device)
+    # A batch in which no image counts in the forget term has g_forget = 0, and c · 0 = 0 needs c finite.
     return settings.grad_ratio * norm(g_keep) / norm(g_forget).clamp(min=1e-30)
 
 
@@ -54,40 +64,56 @@ class Method:
     loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
     rule: Callable[[Gradient, Gradient, Settings], Tensor] = subtract  # c; unused by a loss of one term
     settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
-    x_from: str = "all"  # the default of `draw_batch`
+    draw_x: str = "all"  # the default of `draw_batch`
+
+    def terms(self, model: nn.Module, batch: Batch, schedule: NoiseSchedule, settings: Settings) -> Terms:
+        """What the loss makes of a batch."""
+        return self.loss(model, batch, schedule, **{name: getattr(settings, name) for name in self.settings})
 
 
 # A new method is one function in the form of those in losses.py, and one line here.
 METHODS = {
     "siss": Method(losses.siss, settings=("lam",)),
     "siss_no_is": Method(losses.siss_no_is),
-    "naive_deletion": Method(losses.naive_deletion, x_from="rest"),
+    "naive_deletion": Method(losses.naive_deletion, draw_x="rest"),
     "neggrad": Method(losses.neggrad),
-    "erasediff": Method(losses.erasediff, erasediff_rule, x_from="rest"),
+    "erasediff": Method(losses.erasediff, erasediff_rule, draw_x="rest"),
 }
 
 
 def draw_batch(
-    data: TrainingSet, size: int, schedule: NoiseSchedule, generator: torch.Generator, x_from: str = "all", world: World = ALONE
+    data: Any, size: int, schedule: NoiseSchedule, generator: torch.Generator, draw_x: str = "all"
 ) -> Batch:
-    """Draw everything that one step needs. Each rank reads its share of the images, and gets those of the others from them.
+    """Draw everything that one step needs.
 
-    x_from = "all" draws x ~ X: the paper's expectation, under which SISS at s = 0 is naive deletion.
-    x_from = "rest" draws x ~ X∖A, as the paper's released code does, and as naive deletion and EraseDiff need. SISS at
+    data: the training set, with n, k and draw(part, size, generator) -> [size, C, H, W] in [−1, 1], where
+    part is "all" for X, "rest" for X∖A or "forget" for A (see `minisiss.data.training_set.TrainingSet`).
+
+    draw_x = "all" draws x ~ X: the paper's expectation, under which SISS at s = 0 is naive deletion. draw_x =
+    "rest" draws x ~ X∖A, as the paper's released code does, and as naive deletion and EraseDiff need. SISS at
     s = 0 is then n/(n−k) · L_{X∖A} − k/(n−k) · L_A: it pushes away from A where naive deletion does not.
     """
-    device = data.images.device
-    x = world.gather(draw(data.images if x_from == "all" else data.keep, size, generator, world))
+    x, a = data.draw(draw_x, size, generator), data.draw("forget", size, generator)
     return Batch(
         x=x,
-        a=world.gather(draw(data.forget, size, generator, world)),
-        timesteps=torch.randint(len(schedule), (size,), generator=generator, device=device),
-        noise=torch.randn(x.shape, generator=generator, device=device),
-        pick=torch.rand(size, generator=generator, device=device),
-        uniform=torch.rand(x.shape, generator=generator, device=device),
+        a=a,
+        timesteps=torch.randint(len(schedule), (size,), generator=generator, device=x.device),
+        noise=torch.randn(x.shape, generator=generator, device=x.device),
+        pick=torch.rand(size, generator=generator, device=x.device),
+        uniform=torch.rand(x.shape, generator=generator, device=x.device),
         n=data.n,
         k=data.k,
     )
+
+
+def gradient(term: Term | Difference, parameters: Gradient) -> tuple[Tensor, Gradient]:
+    """The mean of a term over its batch, and the gradient of that: only the images that count take the
+    pass."""
+    counting = term.counts.nonzero()[:, 0]
+    if not len(counting):
+        return torch.zeros((), device=counting.device), [torch.zeros_like(p) for p in parameters]
+    loss = term.per_image(counting).sum() / len(term.counts)
+    return loss.detach(), list(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
 
 def step(
@@ -96,86 +122,74 @@ def step(
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     *,
+    gradient: Callable[[Term | Difference, Gradient], tuple[Tensor, Gradient]] = gradient,
     max_norm: float = 1.0,
-    micro_batch: int | None = None,
-    world: World = ALONE,
-    c: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step along g = g_keep − c · g_forget, clipped to `max_norm`.
 
-    With c given, of an earlier step, g is had from one pass for both terms, which must share their noisy images.
-    The terms are of the whole batch on every rank, which makes the same step, and figures, on all.
-    Returns the step's figures as scalar tensors. Raises Diverged when a loss, an importance weight or a gradient is not
+    Where c is known beforehand, one pass through the network gives g; where a rule takes it from the two
+    gradients, each term has a pass of its own, over the images that count in it. Returns the step's figures
+    as scalar tensors. Raises FloatingPointError when a loss, an importance weight or a gradient is not
     finite, leaving the parameters as they were, and when a parameter is not finite after the step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    figures = {f"ess_{name}": effective_sample_size(term.weight) for name, term in vars(terms).items() if term}
-    if terms.keep and terms.forget:
-        figures["overlap"] = (terms.keep.weighed & terms.forget.weighed).float().mean()
-    if c is None:
-        g, found = two_passes(method, terms, parameters, settings, micro_batch, world)
+    figures = health(terms)
+    if terms.forget is None:
+        figures["loss_keep"], g = gradient(terms.keep, parameters)
+    elif terms.keep is None:
+        figures["loss_forget"], g_forget = gradient(terms.forget, parameters)
+        g = [-f for f in g_forget]
+    elif settings.known_c is not None and method.rule is subtract and terms.share_images:
+        figures["loss"], g = gradient(Difference(terms.keep, terms.forget, settings.known_c), parameters)
     else:
-        loss, g = gradient(losses.Difference(terms.keep, terms.forget, c), parameters, micro_batch, world)
-        found = {"loss": loss, "c": c}
-    figures |= found
+        figures["loss_keep"], g_keep = gradient(terms.keep, parameters)
+        figures["loss_forget"], g_forget = gradient(terms.forget, parameters)
+        figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
+        figures["c"] = c = method.rule(g_keep, g_forget, settings)
+        g = [k.sub_(c * f) for k, f in zip(g_keep, g_forget, strict=True)]  # in the memory of g_keep
     for parameter, direction in zip(parameters, g, strict=True):
         parameter.grad = direction
+    return descend(optimizer, figures, max_norm)
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, figures: dict[str, Tensor], max_norm: float = 1.0
+) -> dict[str, Tensor]:
+    """Clip the gradient that the parameters hold and step along it, with "norm" added to the figures.
+
+    Raises FloatingPointError as `step` does.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     finite = torch.stack(list(figures.values())).isfinite().tolist()
     if not all(finite):
         name = list(figures)[finite.index(False)]
-        raise Diverged(f"{name} is {figures[name].item()}")
+        raise FloatingPointError(f"{name} is {figures[name].item()}")
     optimizer.step()
     optimizer.zero_grad()
     if not norm([p.detach() for p in parameters]).isfinite():
-        raise Diverged("a parameter is not finite")
+        raise FloatingPointError("a parameter is not finite")
     return figures
 
 
-def two_passes(
-    method: Method, terms: Terms, parameters: Gradient, settings: Settings, micro_batch: int | None, world: World
-) -> tuple[Gradient, dict[str, Tensor]]:
-    """g = g_keep − c · g_forget, with c by the method's rule, and the figures of both terms."""
-    figures, g_keep, g_forget, c = {}, None, None, torch.ones((), device=parameters[0].device)
-    if terms.keep:
-        figures["loss_keep"], g_keep = gradient(terms.keep, parameters, micro_batch, world)
-        figures["norm_keep"] = norm(g_keep)
-    if terms.forget:
-        figures["loss_forget"], g_forget = gradient(terms.forget, parameters, micro_batch, world)
-        figures["norm_forget"] = norm(g_forget)
-    if not g_forget:
-        return g_keep, figures
-    if g_keep:
-        c = method.rule(g_keep, g_forget, settings)
-    torch._foreach_mul_(g_forget, -c)
-    if g_keep:
-        torch._foreach_add_(g_forget, g_keep)
-    return g_forget, figures | {"c": c}
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 − decay) · model, for every parameter."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def gradient(term: Term | losses.Difference, parameters: Gradient, micro_batch: int | None = None, world: World = ALONE) -> tuple[Tensor, Gradient]:
-    """The mean of a term over its batch, and the gradient of that.
+def health(terms: Terms) -> dict[str, Tensor]:
+    """How many images count in each term of a batch, and the share of those that count in both."""
+    figures = {f"ess_{name}": effective_sample_size(term.weight) for name, term in vars(terms).items() if term}
+    if terms.keep and terms.forget:
+        figures["overlap"] = (terms.keep.counts & terms.forget.counts).float().mean()
+    return figures
 
-    Only the images that the term weighs go through the network, at most `micro_batch` at a time, and each pass is freed
-    before the next: the cost is 3 units for each image weighed (forward 1, backward 2), where one forward pass with two
-    backward passes costs 5 for each image. They are shared out to the ranks, as evenly for each term as can be, and added
-    up over them. The result does not depend on any of this, up to rounding.
-    """
-    weighed = term.weighed
-    images = world.share(weighed.nonzero()[:, 0])
-    value = torch.zeros((), device=images.device)
-    for parameter in parameters:
-        parameter.grad = None
-    for some in images.split(micro_batch or max(1, len(images))):
-        if len(some):
-            loss = term.per_image(some).sum() / len(weighed)
-            loss.backward()
-            value += loss.detach()
-    total = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    world.sum_([value, *total])
-    return value, total
+
+def effective_sample_size(weight: Tensor) -> Tensor:
+    """(Σw)²/Σw²: how many images of equal weight would average as well (Kish 1965). 0 if all weights are
+    0."""
+    return weight.sum().square() / weight.square().sum().clamp(min=1e-30)
 
 
 def dot(g: Gradient, h: Gradient) -> Tensor:
@@ -186,8 +200,3 @@ def dot(g: Gradient, h: Gradient) -> Tensor:
 def norm(g: Gradient) -> Tensor:
     """‖g‖"""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))
-
-
-def effective_sample_size(weight: Tensor) -> Tensor:
-    """(Σw)²/Σw²: how many images of equal weight would average as well (Kish 1965). 0 if all weights are 0."""
-    return weight.sum().square() / weight.square().sum().clamp(min=1e-30)

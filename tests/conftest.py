@@ -64,7 +64,7 @@ def make_run(directory: Path, bias: float, seed: int = 0, size: int = 28, steps:
 def few_steps(setattr) -> None:
     """Denoise in few steps where the scripts do not say how many: most of a tiny run is pictures that no test looks at."""
     setattr(sampling, "sample", partial(sampling.sample, steps=2))
-    setattr(forgetting, "memory", partial(forgetting.memory, steps=2))
+    setattr(forgetting, "noise_and_denoise", partial(forgetting.noise_and_denoise, steps=2))
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_siss_agrees_with_naive_deletion_on_a_unet_by_monte_carlo():
     data = TrainingSet(images, k=2)
     for lam in (0.3, 0.7):
         rng = torch.Generator().manual_seed(0)
-        drawn, rest = (draw_batch(data, 12_000, SINGLE, rng, x_from) for x_from in ("all", "rest"))
+        drawn, rest = (draw_batch(data, 12_000, SINGLE, rng, draw_x) for draw_x in ("all", "rest"))
         with torch.no_grad():
             terms = losses.siss(model, drawn, SINGLE, lam)
             ours = terms.keep.per_image() - terms.forget.per_image()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 from minisiss import presets, unlearning
 from minisiss.data import folder, training_set
-from minisiss.machine import device
+from minisiss.machine import device, ranks
 from minisiss.schedule import NoiseSchedule
 from minisiss.study import bench
 from minisiss.unet import UNet, UNetConfig
@@ -84,8 +85,9 @@ def large_step(checkpoint_activations: bool) -> tuple[int, float, float]:
     siss, schedule = unlearning.METHODS["siss"], NoiseSchedule.linear()
     batch = unlearning.draw_batch(pictures, 2, schedule, torch.Generator().manual_seed(0), "rest")
     began = time.monotonic()
-    terms = siss.loss(device.at_precision(model, cpu, "auto"), batch, schedule)
-    unlearning.step(siss, terms, optimizer, unlearning.Settings(), micro_batch=1)
+    settings, gradient = unlearning.Settings(), partial(ranks.gradient_in_parts, micro_batch=1)
+    terms = siss.terms(device.at_precision(model, cpu, "auto"), batch, schedule, settings)
+    unlearning.step(siss, terms, optimizer, settings, gradient=gradient)
     return sum(p.numel() for p in model.parameters()), time.monotonic() - began, bench.peak_bytes(cpu) / 1e9
 
 

@@ -120,11 +120,20 @@ def test_the_mixture_takes_a_where_pick_is_below_lambda():
     assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 1.0), per_image(gamma) * a + per_image(sigma) * noise)
 
 
-def test_the_network_runs_only_on_the_images_that_a_term_weighs():
+def test_the_network_runs_only_on_the_images_that_count_in_a_term():
     seen = []
     model = lambda m, t: seen.append(len(m)) or torch.zeros_like(m)  # noqa: E731
     weight = torch.tensor([0.0, 0.5, 1e-9, 2.0])
     term = losses.Term(model, torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), torch.ones(4, 1, 2, 2), weight)
-    assert term.weighed.tolist() == [False, True, False, True]
-    assert term.per_image(term.weighed.nonzero()[:, 0]).tolist() == [0.5, 2.0]
+    assert term.counts.tolist() == [False, True, False, True]
+    assert term.per_image(term.counts.nonzero()[:, 0]).tolist() == [0.5, 2.0]
     assert seen == [2]
+
+
+def test_the_worked_example_by_hand():
+    """The README's: one pixel, x = 1, a = −1, γ = 0.6, σ = 0.8, m = 0.6, λ = 0.5, so that Δ = −1.125."""
+    one = lambda value: torch.tensor([value]).reshape(1, 1, 1, 1)  # noqa: E731
+    gamma, sigma = torch.tensor([0.6]), torch.tensor([0.8])
+    w_x, w_a = importance_weights(one(0.6), one(1.0), one(-1.0), gamma, sigma, 0.5)
+    assert (w_x / w_a).log().item() == pytest.approx(1.125, rel=1e-5)
+    assert (round(w_x.item(), 3), round(w_a.item(), 3)) == (1.510, 0.490) and (w_x + w_a).item() == pytest.approx(2)

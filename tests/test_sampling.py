@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minisiss.sampling import denoise_from, sample, sample_batches, timestep_sequence
+from minisiss.sampling import denoise_from, sample, timestep_sequence
 from minisiss.schedule import NoiseSchedule
 
 
@@ -76,11 +76,3 @@ def test_clipping_keeps_the_pictures_range():
 @pytest.mark.parametrize("first, steps, expected", [(9, 4, [9, 6, 3, 0]), (3, 50, [3, 2, 1, 0]), (0, 5, [0]), (7, 1, [7])])
 def test_timesteps_run_from_the_first_to_zero(first, steps, expected):
     assert timestep_sequence(first, steps) == expected
-
-
-def test_batches_add_up_and_repeat():
-    draw = lambda: list(sample_batches(model, SCHEDULE, 10, (1, 4, 4), seed=3, batch_size=4, steps=3))  # noqa: E731
-    first, second = draw(), draw()
-    assert [len(batch) for batch in first] == [4, 4, 2]
-    assert torch.equal(torch.cat(first), torch.cat(second))
-    assert not torch.equal(first[0], first[1])

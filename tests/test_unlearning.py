@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from conftest import randomise
 
 from minisiss import losses, unlearning
 from minisiss.data.training_set import TrainingSet
-from minisiss.errors import Diverged
 from minisiss.losses import Term, Terms
+from minisiss.machine.ranks import gradient_in_parts
 from minisiss.schedule import NoiseSchedule
+from minisiss.study.workload import literal_gradients
 from minisiss.unet import UNet, UNetConfig
 from minisiss.unlearning import METHODS, Settings, draw_batch
 
@@ -32,20 +34,19 @@ class TwoParameters(torch.nn.Module):
         return [(weighted * term.noisy).sum().item(), weighted.sum().item()]
 
 
-def batch(seed=0, size=6, x_from="all"):
+def batch(seed=0, size=6, draw_x="all"):
     images = torch.randint(0, 256, (12, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return draw_batch(TrainingSet(images, 3), size, SCHEDULE, torch.Generator().manual_seed(seed), x_from)
+    return draw_batch(TrainingSet(images, 3), size, SCHEDULE, torch.Generator().manual_seed(seed), draw_x)
 
 
-def step(method, settings, seed=0, **options):
+def step(method, settings, seed=0):
     """One SGD step at rate 1 on the two-parameter model: the gradients by hand, what was stepped along, the figures."""
     model = TwoParameters()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    kwargs = {name: getattr(settings, name) for name in METHODS[method].settings}
-    terms = METHODS[method].loss(model, batch(seed), SCHEDULE, **kwargs)
+    terms = METHODS[method].terms(model, batch(seed), SCHEDULE, settings)
     keep, forget = (model.gradient(term) if term else None for term in (terms.keep, terms.forget))
     old = [p.item() for p in model.parameters()]
-    figures = unlearning.step(METHODS[method], terms, optimizer, settings, max_norm=1e9, **options)
+    figures = unlearning.step(METHODS[method], terms, optimizer, settings, max_norm=1e9)
     return keep, forget, [before - p.item() for before, p in zip(old, model.parameters(), strict=True)], figures
 
 
@@ -97,7 +98,7 @@ def test_erasediff_descends_on_both_terms_on_one_side_of_its_switch_and_on_the_k
 
 def test_gradients_are_clipped_after_they_are_combined():
     model = TwoParameters(p=50.0)
-    terms = losses.siss(model, batch(), SCHEDULE)
+    terms = losses.siss(model, batch(), SCHEDULE, 0.5)
     old = [p.item() for p in model.parameters()]
     figures = unlearning.step(METHODS["siss"], terms, torch.optim.SGD(model.parameters(), lr=1.0), Settings(), max_norm=1.0)
     assert figures["norm"] > 1
@@ -106,7 +107,7 @@ def test_gradients_are_clipped_after_they_are_combined():
 
 def test_a_batch_in_which_nothing_is_to_be_forgotten_only_descends():
     model = TwoParameters()
-    terms = losses.siss(model, batch(), SCHEDULE)
+    terms = losses.siss(model, batch(), SCHEDULE, 0.5)
     nothing = Term(model, terms.forget.noisy, terms.forget.timesteps, terms.forget.target, torch.zeros(6))
     figures = unlearning.step(METHODS["siss"], Terms(terms.keep, nothing), torch.optim.SGD(model.parameters(), lr=1.0), Settings())
     assert figures["norm"].item() == pytest.approx(figures["norm_keep"].item()) and figures["norm_forget"] == 0
@@ -115,25 +116,17 @@ def test_a_batch_in_which_nothing_is_to_be_forgotten_only_descends():
 @pytest.mark.parametrize("broken", ["keep", "forget"])
 def test_a_loss_that_is_no_number_stops_before_the_parameters_change(broken):
     model = TwoParameters()
-    terms = losses.siss(model, batch(), SCHEDULE)
+    terms = losses.siss(model, batch(), SCHEDULE, 0.5)
     getattr(terms, broken).target[1] = float("nan")
-    with pytest.raises(Diverged, match=f"loss_{broken} is nan"):
+    with pytest.raises(FloatingPointError, match=f"loss_{broken} is nan"):
         unlearning.step(METHODS["siss"], terms, torch.optim.SGD(model.parameters(), lr=1.0), Settings())
     assert model.p.item() == pytest.approx(0.3) and model.q.item() == pytest.approx(-0.2)
 
 
-def literal_step(model, terms):
-    """The paper's code: one forward pass over the whole batch, two backward passes over its retained graph."""
-    parameters = list(model.parameters())
-    error = (model(terms.keep.noisy, terms.keep.timesteps) - torch.stack([terms.keep.target, terms.forget.target])).square()
-    loss_keep, loss_forget = (torch.stack([terms.keep.weight, terms.forget.weight]) * error.flatten(2).mean(2)).mean(1)
-    return torch.autograd.grad(loss_keep, parameters, retain_graph=True), torch.autograd.grad(loss_forget, parameters)
-
-
 def test_a_parameter_that_is_no_number_any_more_stops_too():
     model = TwoParameters()
-    with pytest.raises(Diverged, match="a parameter"):
-        unlearning.step(METHODS["siss"], losses.siss(model, batch(), SCHEDULE), torch.optim.SGD(model.parameters(), lr=math.inf), Settings())
+    with pytest.raises(FloatingPointError, match="a parameter"):
+        unlearning.step(METHODS["siss"], losses.siss(model, batch(), SCHEDULE, 0.5), torch.optim.SGD(model.parameters(), lr=math.inf), Settings())
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -144,25 +137,30 @@ def test_leaving_out_images_of_negligible_weight_changes_no_gradient(lam, config
     images = torch.randint(0, 256, (8, config.image_channels, config.image_size, config.image_size), dtype=torch.uint8)
     drawn = draw_batch(TrainingSet(images, 1), 4, SCHEDULE, torch.Generator().manual_seed(0))
     terms = losses.siss(model, drawn, SCHEDULE, lam)
-    for term, literal in zip((terms.keep, terms.forget), literal_step(model, terms), strict=True):
-        # In two parts of two images as well as at once: accumulation is the same sum.
-        for micro_batch in (None, 2):
-            _, ours = unlearning.gradient(term, list(model.parameters()), micro_batch)
+    parameters = list(model.parameters())
+    # In one part, and in two parts of two images: accumulation is the same sum.
+    ways = [unlearning.gradient, gradient_in_parts, partial(gradient_in_parts, micro_batch=2)]
+    for term, literal in zip((terms.keep, terms.forget), literal_gradients(terms, parameters), strict=True):
+        for gradient in ways:
+            _, ours = gradient(term, parameters)
             scale = unlearning.norm(list(literal))
             assert unlearning.norm([a - b for a, b in zip(ours, literal, strict=True)]) <= 1e-5 * scale
 
 
-def test_with_a_known_c_one_pass_makes_the_same_step():
-    _, _, by_two, figures = step("siss", Settings())
-    _, _, by_one, known = step("siss", Settings(), c=figures["c"])
-    assert by_one == pytest.approx(by_two, rel=1e-4)
-    assert known["loss"] == pytest.approx((figures["loss_keep"] - figures["c"] * figures["loss_forget"]).item(), rel=1e-4)
-    assert known["norm"] == pytest.approx(figures["norm"].item(), rel=1e-4) and known["c"] == figures["c"]
-    _, _, doubled, _ = step("siss", Settings(), c=2 * figures["c"])
-    assert doubled != pytest.approx(by_two, rel=1e-2)
+@pytest.mark.parametrize("s", [0.0, 9.0])
+def test_with_a_known_c_one_pass_makes_the_same_step(s, monkeypatch):
+    _, _, by_one, known = step("siss", Settings(superfactor=s))
+    monkeypatch.setattr(Terms, "share_images", False)
+    keep, forget, by_two, figures = step("siss", Settings(superfactor=s))
+    assert by_one == pytest.approx(by_two, rel=1e-4) and by_one == combine(keep, forget, 1 + s)
+    assert known["loss"] == pytest.approx((figures["loss_keep"] - (1 + s) * figures["loss_forget"]).item(), rel=1e-4)
+    assert known["norm"] == pytest.approx(figures["norm"].item(), rel=1e-4) and "norm_keep" not in known
+    _, _, other, _ = step("siss", Settings(superfactor=s + 1))
+    assert other != pytest.approx(by_two, rel=1e-2)
 
 
-def test_one_pass_for_both_terms_takes_the_images_that_either_weighs():
+@pytest.mark.parametrize("gradient", [unlearning.gradient, gradient_in_parts])
+def test_one_pass_for_both_terms_takes_the_images_that_count_in_either(gradient):
     sizes = []
 
     def model(noisy, timesteps):
@@ -172,14 +170,23 @@ def test_one_pass_for_both_terms_takes_the_images_that_either_weighs():
     weight = torch.nn.Parameter(torch.tensor(0.5))
     noisy = torch.ones(4, 1, 2, 2)
     keep, forget = (Term(model, noisy, torch.zeros(4), torch.zeros(4, 1, 2, 2), torch.tensor(w)) for w in ([2.0, 1, 0, 0], [0.0, 1, 3, 0]))
-    value, (g,) = unlearning.gradient(losses.Difference(keep, forget, torch.tensor(0.1)), [weight])
+    value, (g,) = gradient(losses.Difference(keep, forget, 0.1), [weight])
     # (2 + 1 − 0.1 · (1 + 3)) · weight² over a batch of four
     assert sizes == [3] and value.item() == pytest.approx(2.6 / 4 * 0.25) and g.item() == pytest.approx(2.6 / 4)
 
 
+@pytest.mark.parametrize("gradient", [unlearning.gradient, gradient_in_parts])
+def test_a_term_in_which_no_image_counts_has_no_gradient_and_no_pass(gradient):
+    weight = torch.nn.Parameter(torch.tensor(0.5))
+    term = Term(None, torch.ones(4, 1, 2, 2), torch.zeros(4), torch.zeros(4, 1, 2, 2), torch.zeros(4))
+    assert gradient(term, [weight]) == (0, [0])
+
+
 def test_one_pass_is_refused_for_terms_of_different_noisy_images():
+    terms = losses.siss_no_is(TwoParameters(), batch(), SCHEDULE)
+    assert not terms.share_images
     with pytest.raises(ValueError, match="share"):
-        step("siss_no_is", Settings(), c=torch.tensor(1.0))
+        losses.Difference(terms.keep, terms.forget, 1.0)
 
 
 def test_the_figures_count_effective_images_and_those_that_matter_to_both_terms():
@@ -188,7 +195,7 @@ def test_the_figures_count_effective_images_and_those_that_matter_to_both_terms(
     assert unlearning.effective_sample_size(torch.zeros(3)) == 0
     figures = step("siss", Settings())[3]
     assert set(figures) == {"loss_keep", "norm_keep", "ess_keep", "loss_forget", "norm_forget", "ess_forget", "overlap", "c", "norm"}
-    terms = losses.siss(TwoParameters(), batch(), SCHEDULE)
+    terms = losses.siss(TwoParameters(), batch(), SCHEDULE, 0.5)
     assert figures["overlap"].item() == ((terms.keep.weight > 1e-8) & (terms.forget.weight > 1e-8)).float().mean().item()
 
 
@@ -197,11 +204,11 @@ def test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set():
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
     data = TrainingSet(images, 2)
     seen = {}
-    for x_from in ("all", "rest"):
-        drawn = draw_batch(data, 400, SCHEDULE, torch.Generator().manual_seed(0), x_from)
+    for draw_x in ("all", "rest"):
+        drawn = draw_batch(data, 400, SCHEDULE, torch.Generator().manual_seed(0), draw_x)
         assert (drawn.n, drawn.k) == (10, 2)
         value = lambda z: set(((z[:, 0, 0, 0] + 1) * 127.5).round().int().tolist())  # noqa: E731
-        seen[x_from] = value(drawn.x)
+        seen[draw_x] = value(drawn.x)
         assert value(drawn.a) == {8, 9}
         assert drawn.timesteps.min() < 10 and drawn.timesteps.max() > 990
         assert 0 <= drawn.pick.min() and drawn.pick.max() < 1

@@ -18,9 +18,10 @@ BUNDLED = "bundled"  # the --data-root that means the 10,000 digits in assets/
 def digits_and_tshirt(root: str) -> tuple[Tensor, Tensor]:
     """MNIST's training digits, [n, 1, 28, 28], and the image to forget, [1, 1, 28, 28], both uint8.
 
-    The image to forget is the first of class 0, "T-shirt/top", in Fashion-MNIST's training set. `root` holds MNIST/raw
-    and FashionMNIST/raw in torchvision's layout, and is filled from the network where it does not; "bundled" stands
-    for the 10,000 digits and the T-shirt in assets/. Raises UserError when the files are neither there nor to be had.
+    The image to forget is the first of class 0, "T-shirt/top", in Fashion-MNIST's training set. `root` holds
+    MNIST/raw and FashionMNIST/raw in torchvision's layout, and is filled from the network where it does not;
+    "bundled" stands for the 10,000 digits and the T-shirt in assets/. Raises UserError when the files are
+    neither there nor to be had.
     """
     if root == BUNDLED:
         return bundled_digits(), bundled_tshirt()
@@ -29,7 +30,8 @@ def digits_and_tshirt(root: str) -> tuple[Tensor, Tensor]:
 
 
 def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
-    """The training half of a torchvision data set, downloaded if `root` lacks it. Raises UserError if that fails."""
+    """The training half of a torchvision data set, downloaded if `root` lacks it. Raises UserError if that
+    fails."""
     name = dataset.__name__
     raw = Path(root) / name / "raw"
     missing = [folder for folder in (raw, raw.parent, Path(root)) if not folder.exists()]
@@ -53,7 +55,8 @@ def bundled_digits() -> Tensor:
 def held_out_digits(root: str) -> Tensor:
     """MNIST's test digits, which no model was trained on: [10000, 1, 28, 28] uint8.
 
-    `root` is one that `mnist_with_tshirt` has read or filled; for "bundled", the first 100 of each class in assets/.
+    `root` is one that `mnist_with_tshirt` has read or filled; for "bundled", the first 100 of each class in
+    assets/.
     """
     return read_sheet("test-digits.png") if root == BUNDLED else MNIST(root, train=False).data[:, None]
 

@@ -25,14 +25,16 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file t
 
 
 class ImageFolder:
-    """The pictures in a folder and its subfolders, sorted by name, indexed like a tensor [n, C, H, W] of uint8.
+    """The pictures in a folder and its subfolders, sorted by name, indexed like a tensor [n, C, H, W] of
+    uint8.
 
-    folder[indices] reads those pictures, in threads; folder[a:b] is the folder of some of them, unread. A picture is
-    cropped to the square in its middle and resized, and never flipped: what is forgotten is one picture, not its mirror
-    image.
+    folder[indices] reads those pictures, in threads; folder[a:b] is the folder of some of them, unread. A
+    picture is cropped to the square in its middle and resized, and never flipped: what is forgotten is one
+    picture, not its mirror image.
 
-    Raises UserError for a folder without pictures, for a link that leads out of it, and for an unreadable picture, which
-    `skip_unreadable` leaves out instead, with a warning; then the next one by name is read in its place.
+    Raises UserError for a folder without pictures, for a link that leads out of it, and for an unreadable
+    picture, which `skip_unreadable` leaves out instead, with a warning; then the next one by name is read in
+    its place.
     """
 
     def __init__(self, root: str, image_shape: tuple[int, int, int], skip_unreadable: bool = False) -> None:
@@ -42,12 +44,14 @@ class ImageFolder:
         self.cache: dict[str, Tensor] = {}  # shared by the folder and its parts, as is:
         self.unreadable: set[str] = set()
         self.names = sorted(self._list())
-        # Opening a file reads its header only: quick enough for all of them, and most of what is no picture shows.
+        # Opening a file reads its header only: quick enough for all of them, and most of what is no picture
+        # shows.
         with tqdm(self.names, desc=f"opening {root}", unit="picture", leave=False, delay=2) as bar:
             wrong = [error for error in self.pool.map(self._problem, bar) if error]
         if wrong and not skip_unreadable:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise UserError(f"{len(wrong)} of {len(self.names)} pictures cannot be read: {'; '.join(wrong[:3])}{more}; leave them out with --skip-unreadable")
+            what = f"{len(wrong)} of {len(self.names)} pictures cannot be read: {'; '.join(wrong[:3])}{more}"
+            raise UserError(f"{what}; leave them out with --skip-unreadable")
         for problem in wrong if rank() == 0 else ():  # the other ranks open the same files
             warn(problem)
         self.names = [name for name in self.names if name not in self.unreadable]
@@ -90,12 +94,15 @@ class ImageFolder:
         return moved
 
     def with_last(self, names: list[str]) -> "ImageFolder":
-        """The same pictures with these at the end. Raises UserError for a name that is not there, with the nearest ones."""
+        """The same pictures with these at the end. Raises UserError, with the nearest ones, for a name not
+        there."""
         there, last = set(self.names), set()
         for name in names:
             if name not in there:
-                near = difflib.get_close_matches(name, self.names, 3, cutoff=0) if len(self) < 100_000 else self.names[:3]
-                raise UserError(f"--forget {name}: no readable picture of that name in {self.root}; the nearest are {', '.join(near)}")
+                few = len(self) < 100_000
+                near = difflib.get_close_matches(name, self.names, 3, cutoff=0) if few else self.names[:3]
+                what = f"no readable picture of that name in {self.root}; the nearest are {', '.join(near)}"
+                raise UserError(f"--forget {name}: {what}")
             if name in last:
                 raise UserError(f"--forget {name}: named twice")
             last.add(name)
@@ -149,7 +156,8 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def read_picture(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
-    """Read a picture as [C, H, W] uint8, C = 1 or 3: of an animation the first frame, 16 bits as 8, without transparency."""
+    """Read a picture as [C, H, W] uint8, C = 1 or 3: an animation's first frame, 16 bits as 8, no
+    transparency."""
     channels, *size = image_shape
     with open_picture(path) as picture:
         try:

@@ -1,6 +1,8 @@
-"""Training sets X = keep ∪ forget, in memory or as a folder of pictures, and the random draws made from them."""
+"""Training sets X = keep ∪ forget, in memory or as a folder of pictures, and the random draws made from
+them."""
 
 import zlib
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ class TrainingSet:
     images: Tensor | ImageFolder
     k: int
     name: str = "T-shirt"  # what is forgotten, for people
+    world: World = ALONE
 
     @property
     def n(self) -> int:
@@ -38,8 +41,18 @@ class TrainingSet:
         """A, [k, C, H, W] uint8. Copies of one image count as often as they stand in X."""
         return self.images[self.n - self.k :]
 
+    def draw(self, part: str, count: int, generator: torch.Generator) -> Tensor:
+        """`count` images drawn from a part, "all" of X, the "rest" X∖A or "forget": [count, C, H, W] in [−1,
+        1].
+
+        Each rank reads its share, and gets those of the others from them.
+        """
+        images = {"all": self.images, "rest": self.keep, "forget": self.forget}[part]
+        return self.world.gather(draw(images, count, generator, self.world))
+
     def originals(self, count: int) -> Tensor:
-        """`count` images of A, one after the other and from the start again: [count, C, H, W] float32 in [−1, 1].
+        """`count` images of A, one after the other and from the start again: [count, C, H, W] float32 in [−1,
+        1].
 
         Raises UserError where A is empty.
         """
@@ -51,11 +64,20 @@ class TrainingSet:
         """The first images of X∖A, 64 at most: [≤ 64, C, H, W] float32 in [−1, 1]."""
         return to_float(self.keep[torch.arange(min(64, len(self.keep)))])
 
-    def to(self, device: torch.device | str) -> "TrainingSet":
-        return TrainingSet(self.images.to(device), self.k, self.name)
+
+def load_training_set(
+    args: Namespace, image_shape: tuple[int, int, int], device: torch.device, world: World = ALONE
+) -> TrainingSet:
+    """`training_set` by a script's flags, on a device. Rank 0, which may download, goes first."""
+    found = world.rank_0_first(
+        lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)
+    )
+    return TrainingSet(found.images.to(device), found.k, found.name, world)
 
 
-def training_set(kind: str, root: str, forget: list[str], image_shape: tuple[int, int, int], skip_unreadable: bool = False) -> TrainingSet:
+def training_set(
+    kind: str, root: str, forget: list[str], image_shape: tuple[int, int, int], skip_unreadable: bool = False
+) -> TrainingSet:
     """The training set that --data, --data-root and --forget name, for a network of images [C, H, W].
 
     Raises UserError where it cannot be had, or has images of another shape.
@@ -67,16 +89,19 @@ def training_set(kind: str, root: str, forget: list[str], image_shape: tuple[int
         folder = ImageFolder(root, image_shape, skip_unreadable).with_last(names)
         return TrainingSet(folder, len(names), names[0] if len(names) == 1 else f"{len(names)} pictures")
     if forget:
-        raise UserError(f"--forget {forget[0]}: is for --data pictures; among the digits it is the T-shirt that is forgotten")
+        what = "is for --data pictures; among the digits it is the T-shirt that is forgotten"
+        raise UserError(f"--forget {forget[0]}: {what}")
     data = mnist_with_tshirt(root)
     if data.images.shape[1:] != image_shape:
         has, makes = ("×".join(map(str, shape)) for shape in (data.images.shape[1:], image_shape))
-        raise UserError(f"--data-root {root}: has pictures of {has}, and the network makes {makes} (--image-size, --image-channels, --checkpoint)")
+        flags = "(--image-size, --image-channels, --checkpoint)"
+        raise UserError(f"--data-root {root}: has pictures of {has}, and the network makes {makes} {flags}")
     return data
 
 
 def read_names(entry: str) -> list[str]:
-    """An entry of --forget: a name, or a text file of names, one a line. Raises UserError for an unreadable or empty one."""
+    """An entry of --forget: a name, or a text file of names, one a line. Raises UserError for one with no
+    names."""
     if not entry.endswith(".txt"):
         return [entry]
     try:
@@ -89,7 +114,8 @@ def read_names(entry: str) -> list[str]:
 
 
 def mnist_with_tshirt(root: str) -> TrainingSet:
-    """MNIST's training digits with one T-shirt mixed in as often as makes 1% of the digits (the paper, section 5).
+    """MNIST's training digits with one T-shirt mixed in as often as makes 1% of the digits (the paper,
+    section 5).
 
     root: see `digits_and_tshirt`, which may raise UserError.
     """
@@ -109,7 +135,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def draw(images: Tensor, count: int, generator: torch.Generator, world: World = ALONE) -> Tensor:
-    """`count` images drawn uniformly with replacement, as float32 in [−1, 1]; of several ranks each has, and reads, its share."""
+    """`count` images drawn uniformly with replacement, float32 in [−1, 1]; each of several ranks reads its
+    share."""
     indices = torch.randint(len(images), (count,), generator=generator, device=images.device)
     return to_float(images[world.share(indices)])
 
@@ -117,6 +144,7 @@ def draw(images: Tensor, count: int, generator: torch.Generator, world: World = 
 def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:
     """The randomness of one training step, a function of (seed, step) alone.
 
-    So a run that is stopped and resumed draws what the uninterrupted run would have, with no random state to store.
+    So a run that is stopped and resumed draws what the uninterrupted run would have, with no random state to
+    store.
     """
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{step}".encode()))

@@ -18,7 +18,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
         if name != "cuda" or ranks > torch.cuda.device_count():
-            raise UserError(f"--device {name}: {ranks} ranks take a GPU each; use --device auto, and no more ranks than GPUs ({torch.cuda.device_count()})")
+            most = f"no more ranks than GPUs ({torch.cuda.device_count()})"
+            raise UserError(f"--device {name}: {ranks} ranks take a GPU each; use --device auto, and {most}")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -31,10 +32,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def at_precision(model: nn.Module, device: torch.device, precision: str, compiled: bool = False) -> Model:
-    """The network as a function that computes its convolutions in bfloat16 or float32; weights and output are float32.
+    """The network as a function that computes its convolutions in bfloat16 or float32; weights and output are
+    float32.
 
-    "auto" is bf16 where the processor computes it natively (elsewhere it is emulated, and slower than float32).
-    compiled: by torch.compile, when first called; the function raises UserError where that fails.
+    "auto" is bf16 where the processor computes it natively (elsewhere it is emulated, and slower than
+    float32). compiled: by torch.compile, when first called; the function raises UserError where that fails.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -56,6 +58,7 @@ def at_precision(model: nn.Module, device: torch.device, precision: str, compile
         try:
             return predict(x, timesteps)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise UserError(f"--compile: torch.compile failed: {' '.join(str(error).split())[:300]}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--compile: torch.compile failed: {reason}") from error
 
     return predict_compiled if compiled else predict

@@ -1,9 +1,10 @@
-"""One run on several devices: `torchrun --nproc-per-node N train_ddpm.py …`, and the same for unlearn.py and eval.py.
+"""One run on several devices: `torchrun --nproc-per-node N train_ddpm.py …`, and the same for unlearn.py and
+eval.py.
 
-torchrun starts N processes, the ranks. Every rank runs the whole script and makes the same random draws; of a batch it
-computes its share, and gradients are added up over the ranks before anything is done with them. So N ranks do what one
-does, to rounding, and hold the same numbers throughout: what one of them decides, all decide. Rank 0 alone speaks
-(`minisiss.command_line.run` sees to that) and writes files.
+torchrun starts N processes, the ranks. Every rank runs the whole script and makes the same random draws; of a
+batch it computes its share, and gradients are added up over the ranks before anything is done with them. So N
+ranks do what one does, to rounding, and hold the same numbers throughout: what one of them decides, all
+decide. Rank 0 alone speaks (`minisiss.command_line.run` sees to that) and writes files.
 """
 
 import os
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minisiss.errors import UserError, rank
+from minisiss.losses import Difference, Term
+from minisiss.unlearning import Gradient
 
 T = TypeVar("T")
 
-# How long a rank waits for the others: more than rank 0 takes for what it does alone, a download above all. When a rank
-# fails it is torchrun that ends the others, and does not wait for this.
+# How long a rank waits for the others: more than rank 0 takes for what it does alone, a download above all.
+# When a rank fails it is torchrun that ends the others, and does not wait for this.
 PATIENCE = timedelta(minutes=30)
 
 
@@ -35,11 +38,13 @@ class World:
     device: torch.device = torch.device("cpu")
 
     def share(self, batch: Tensor) -> Tensor:
-        """This rank's part of a batch [B, …]: the parts follow one another, and their lengths differ by at most one."""
+        """This rank's part of a batch [B, …]: the parts follow one another, and their lengths differ by at
+        most one."""
         return batch.tensor_split(self.size)[self.rank]
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as one whose backward pass leaves in each parameter the mean over the ranks of their gradients."""
+        """The model as one whose backward pass leaves in each parameter the mean over the ranks of their
+        gradients."""
         return model if self.size == 1 else DistributedDataParallel(model)
 
     def sum_(self, tensors: list[Tensor]) -> None:
@@ -73,7 +78,8 @@ class World:
         return torch.cat(parts)
 
     def on_rank_0(self, function: Callable[[], T]) -> T:
-        """Call a function, one that writes, on rank 0 alone. All ranks get what it returns, or raise the UserError it raises."""
+        """Call a function that writes on rank 0 alone. All ranks get what it returns, or raise its
+        UserError."""
         if self.size == 1:
             return function()
         outcome = [None, None]
@@ -106,14 +112,40 @@ def start(device: torch.device, batch_size: int = 0) -> World:
     if size == 1:
         return ALONE
     if batch_size % size:
-        raise UserError(f"--batch-size {batch_size}: should be divisible by {size}, the number of ranks that share a batch")
+        raise UserError(f"--batch-size {batch_size}: should be divisible by {size}, the number of ranks that share it")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(rank(), size, device)
 
 
+def gradient_in_parts(
+    term: Term | Difference, parameters: Gradient, *, micro_batch: int | None = None, world: World = ALONE
+) -> tuple[Tensor, Gradient]:
+    """`unlearning.gradient` by parts of a batch: the same to rounding.
+
+    The images that count are shared out to the ranks, as evenly for each term as can be. Each rank sends at
+    most `micro_batch` at a time through the network, and frees each pass before the next; then all add up.
+    """
+    counts = term.counts
+    images = world.share(counts.nonzero()[:, 0])
+    value = torch.zeros((), device=images.device)
+    for parameter in parameters:
+        parameter.grad = None
+    for part in images.split(micro_batch or max(1, len(images))):
+        if len(part):
+            loss = term.per_image(part).sum() / len(counts)
+            loss.backward()  # adds up in the parameters' grad, without a second copy of the gradient
+            value += loss.detach()
+    total = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    world.sum_([value, *total])
+    return value, total
+
+
 def leave() -> None:
-    """Part from the other ranks at the end of a run that went well. After a failure they might never answer."""
+    """Part from the other ranks at the end of a run that went well. After a failure they might never
+    answer."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""The digit classifier whose probabilities and features the metrics use; `minisiss.study.train_classifier` trained it."""
+"""The digit classifier whose probabilities and features the metrics use; see
+`minisiss.study.train_classifier`."""
 
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def classify(classifier: DigitClassifier, images: Tensor, batch_size: int = 500)
 
 
 def load_classifier(path: Path | str = BUNDLED_CLASSIFIER) -> tuple[DigitClassifier, Moments]:
-    """The trained classifier, ready to classify, and the moments of its features of MNIST's 10,000 test digits.
+    """The trained classifier, ready to classify, and the moments of its features of MNIST's 10,000 test
+    digits.
 
     Raises UserError, naming the file, when it is not one of ours.
     """

@@ -1,4 +1,5 @@
-"""Metrics for colour images by networks that others trained, given as TorchScript files: copy similarity and FID.
+"""Metrics for colour images by networks that others trained, given as TorchScript files: copy similarity and
+FID.
 
 A TorchScript file holds a program as well as weights, and loading it is running it: only from whom you trust.
 """
@@ -19,7 +20,8 @@ INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/m
 
 
 def load_torchscript(path: str, flag: str, source: str, device: torch.device | str) -> torch.jit.ScriptModule:
-    """Read a network that carries its own code. Raises UserError, saying where to get it, when it is not there or not one."""
+    """Read a network that carries its own code. Raises UserError, saying where to get it, where there is
+    none."""
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: no such file; get it from {source}")
     try:
@@ -39,8 +41,8 @@ def in_colour(images: Tensor) -> Tensor:
 def descriptors(network: torch.jit.ScriptModule, images: Tensor, batch_size: int = 32) -> Tensor:
     """Unit vectors [N, D] that lie close for copies of one picture (SSCD: Pizzi et al. 2022).
 
-    As SSCD was trained: the shorter side resized to 288 pixels, colours normalised by ImageNet's mean and deviation.
-    images: [N, 1 or 3, H, W] in [−1, 1].
+    As SSCD was trained: the shorter side resized to 288 pixels, colours normalised by ImageNet's mean and
+    deviation. images: [N, 1 or 3, H, W] in [−1, 1].
     """
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     vectors = []
@@ -53,7 +55,8 @@ def descriptors(network: torch.jit.ScriptModule, images: Tensor, batch_size: int
 
 
 def copy_similarity(network: torch.jit.ScriptModule, images: Tensor, original: Tensor) -> Tensor:
-    """Cosine similarity of the descriptors, per image: [B]. Above about 0.5 two pictures are copies (Somepalli et al. 2023).
+    """Cosine similarity of the descriptors, per image: [B]. Above about 0.5 it is a copy (Somepalli et al.
+    2023).
 
     images: [B, C, H, W] and original: [1, C, H, W], both in [−1, 1].
     """
@@ -62,12 +65,15 @@ def copy_similarity(network: torch.jit.ScriptModule, images: Tensor, original: T
 
 @torch.inference_mode()
 def inception_features(network: torch.jit.ScriptModule, images: Tensor, batch_size: int = 32) -> Tensor:
-    """Features [N, D] of images [N, 1 or 3, H, W] in [−1, 1], whose Fréchet distance is the FID (Heusel et al. 2017).
+    """Features [N, D] of images [N, 1 or 3, H, W] in [−1, 1], whose Fréchet distance is the FID (Heusel et
+    al. 2017).
 
-    network: called as `network(uint8 images [B, 3, H, W], return_features=True)`, and resizing by itself, as the file
-    that Karras et al. (2020) published does. Raises UserError when it cannot be called so.
+    network: called as `network(uint8 images [B, 3, H, W], return_features=True)`, and resizing by itself, as
+    the file that Karras et al. (2020) published does. Raises UserError when it cannot be called so.
     """
     try:
-        return torch.cat([network(in_colour(to_uint8(batch)), return_features=True) for batch in images.split(batch_size)])
+        batches = (in_colour(to_uint8(batch)) for batch in images.split(batch_size))
+        return torch.cat([network(batch, return_features=True) for batch in batches])
     except RuntimeError as error:
-        raise UserError(f"--inception: the network does not take uint8 images and return_features=True; get one that does from {INCEPTION}") from error
+        what = "the network does not take uint8 images and return_features=True"
+        raise UserError(f"--inception: {what}; get one that does from {INCEPTION}") from error

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from minisiss.schedule import Model, NoiseSchedule
 
-# Dormand and Prince 1980: the nodes c, the stages' weights a (the last row is the step of order 5), and that step's
-# difference from the one of order 4, the estimate of the error.
+# Dormand and Prince 1980: the nodes c, the stages' weights a (the last row is the step of order 5), and that
+# step's difference from the one of order 4, the estimate of the error.
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 STAGES = (
     (1 / 5,),
@@ -29,11 +29,13 @@ MOST_STEPS = 500  # a trained model takes about 30, one that unlearning has wrec
 
 
 def rk45(f: Callable[[float, Tensor], Tensor], y: Tensor, t0: float, t1: float, rtol: float, atol: float) -> Tensor:
-    """Solve dy/dt = f(t, y) from t0 to t1 ≥ t0 by the adaptive Runge–Kutta method of order 5(4) of Dormand and Prince.
+    """Solve dy/dt = f(t, y) from t0 to t1 ≥ t0 by the adaptive Runge–Kutta method of order 5(4) of Dormand
+    and Prince.
 
-    The estimated error of a step, over atol + rtol · |y|, stays below 1 in its root mean square over all of y (Hairer,
-    Nørsett and Wanner, "Solving Ordinary Differential Equations I", section II.4). Raises ArithmeticError after
-    `MOST_STEPS` steps, and when the step shrinks to nothing, which it does where f is not finite.
+    The estimated error of a step, over atol + rtol · |y|, stays below 1 in its root mean square over all of y
+    (Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", section II.4). Raises
+    ArithmeticError after `MOST_STEPS` steps, and when the step shrinks to nothing, which it does where f is
+    not finite.
     """
 
     def size(value: Tensor, *states: Tensor) -> float:
@@ -63,21 +65,22 @@ def rk45(f: Callable[[float, Tensor], Tensor], y: Tensor, t0: float, t1: float, 
 def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor, *, tolerance: float = 1e-4) -> Tensor:
     """Estimate log p(x) in nats under the model: [B], unbiased over probes of mean 0 and covariance I.
 
-    The VP process dm = −½ β(t) m dt + √β(t) dw is, in the time u = ∫ β dt = −log ᾱ, the same for every β, and its
-    probability-flow ODE with the score −ε_θ/σ is (Song et al. 2021b, eqs. 11 and 13)
+    The VP process dm = −½ β(t) m dt + √β(t) dw is, in the time u = ∫ β dt = −log ᾱ, the same for every β, and
+    its probability-flow ODE with the score −ε_θ/σ is (Song et al. 2021b, eqs. 11 and 13)
 
         dm/du = −½ (m − ε_θ(m, τ(u)) / σ(u)),   σ(u) = √(1 − e^−u)
 
         log p(x) = log N(m(u_T−1); 0, I) + ∫ ∇·(dm/du) du,   m(u_0) = x                        (eq. 39)
 
-    with the divergence estimated as vᵀ J v for a probe v, of ±1 (Hutchinson 1990; eq. 40). A DDPM knows only T values
-    of u. Between them log ᾱ is taken as linear in the timestep, which becomes a real number, τ: so ε_θ always sees the
-    noise level that belongs to its timestep. u runs from −log ᾱ_0 to −log ᾱ_{T−1}, no further than was trained: p is
-    the density of images with the noise of t = 0, σ_0 = √β_0 (0.01: a grey level and a quarter of 8-bit pixels).
+    with the divergence estimated as vᵀ J v for a probe v, of ±1 (Hutchinson 1990; eq. 40). A DDPM knows only
+    T values of u. Between them log ᾱ is taken as linear in the timestep, which becomes a real number, τ: so
+    ε_θ always sees the noise level that belongs to its timestep. u runs from −log ᾱ_0 to −log ᾱ_{T−1}, no
+    further than was trained: p is the density of images with the noise of t = 0, σ_0 = √β_0 (0.01: a grey
+    level and a quarter of 8-bit pixels).
 
-    x, probes: [B, C, H, W]; `model` must accept real timesteps and be differentiable in x: no inference mode, and float32.
-    The default tolerance of the solver is worth 1e-3 bits per dimension. Raises ArithmeticError where the ODE could not
-    be solved, as when the model's output is not finite.
+    x, probes: [B, C, H, W]; `model` must accept real timesteps and be differentiable in x: no inference mode,
+    and float32. The default tolerance of the solver is worth 1e-3 bits per dimension. Raises ArithmeticError
+    where the ODE could not be solved, as when the model's output is not finite.
     """
     u = -torch.log1p(-schedule.betas.double()).cumsum(0).cpu().numpy()
     d = x[0].numel()
@@ -101,15 +104,18 @@ def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor
 def bits_per_dimension(
     model: Model, schedule: NoiseSchedule, image: Tensor, *, probes: int = 8, seed: int = 0
 ) -> tuple[float, float]:
-    """Negative log-likelihood of one image in bits per dimension, and the standard error that its probes leave.
+    """Negative log-likelihood of one image in bits per dimension, and the standard error that its probes
+    leave.
 
         −log2 p(x) / d + 7        with d = C·H·W
 
-    The 7 turns the density on [−1, 1] into that of 8-bit pixels, one unit a grey level: 256 levels in a range of 2 make
-    a level 2/256 = 2^−7 wide (as in Song et al.'s published code). The image is taken as it is, without dequantization.
+    The 7 turns the density on [−1, 1] into that of 8-bit pixels, one unit a grey level: 256 levels in a range
+    of 2 make a level 2/256 = 2^−7 wide (as in Song et al.'s published code). The image is taken as it is,
+    without dequantization.
 
-    image: [1, C, H, W] in [−1, 1]. The probes, a function of the seed, are one batch, and the solver takes it through the
-    network and back some 160 times. Raises ValueError for fewer than 2 probes, and ArithmeticError as `log_density`.
+    image: [1, C, H, W] in [−1, 1]. The probes, a function of the seed, are one batch, and the solver takes it
+    through the network and back some 160 times. Raises ValueError for fewer than 2 probes, and
+    ArithmeticError as `log_density`.
     """
     if probes < 2:
         raise ValueError(f"a standard error needs at least 2 probes, got {probes}")

@@ -8,13 +8,14 @@ Moments = tuple[Tensor, Tensor]  # the mean [D] and the covariance [D, D] of a s
 
 
 def inception_score(probabilities: Tensor, splits: int = SPLITS) -> tuple[float, float]:
-    """exp E_x KL(p(y|x) ‖ p(y)), as its mean and standard deviation over splits (Salimans et al. 2016, section 4).
+    """exp E_x KL(p(y|x) ‖ p(y)), as its mean and standard deviation over splits (Salimans et al. 2016,
+    section 4).
 
-    From 1, when every image gets the same distribution, to the number of classes, when each image is surely of one
-    class and the classes are equally frequent. p(y) is the mean over the split.
+    From 1, when every image gets the same distribution, to the number of classes, when each image is surely
+    of one class and the classes are equally frequent. p(y) is the mean over the split.
 
-    probabilities: [N, classes], p(y|x) of each sample, rows adding up to 1; consecutive rows make up a split, as equal
-    in size as can be. Raises ValueError when N < splits.
+    probabilities: [N, classes], p(y|x) of each sample, rows adding up to 1; consecutive rows make up a split,
+    as equal in size as can be. Raises ValueError when N < splits.
     """
     if not 1 <= splits <= len(probabilities):
         raise ValueError(f"an inception score over {splits} splits needs at least {splits} images, got {len(probabilities)}")
@@ -38,9 +39,9 @@ def moments(features: Tensor) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) between two sets of features (Heusel et al. 2017, eq. 6).
 
-    The squared 2-Wasserstein distance of the Gaussians with these means and covariances. Σ_a Σ_b has the eigenvalues of
-    the symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of theirs. Computed in float64.
-    Raises ValueError when the two have different numbers of features.
+    The squared 2-Wasserstein distance of the Gaussians with these means and covariances. Σ_a Σ_b has the
+    eigenvalues of the symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of theirs. Computed in
+    float64. Raises ValueError when the two have different numbers of features.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
     if mean_a.shape != mean_b.shape:

@@ -1,5 +1,6 @@
 """Pictures for people: rows of images with a word beside each row."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,17 +8,28 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.utils import save_image
 
+from minisiss import sampling
 from minisiss.data.training_set import to_uint8
+from minisiss.schedule import Model, NoiseSchedule
 
 GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for the word beside a row, for a line of text
 
 Row = str | list[str] | tuple[str, Tensor]  # a line of text, a heading for each column, or a label and its images
-Memories = dict[int, tuple[Tensor, Tensor]]  # of each timestep, the noised and the denoised images of `forgetting.memory`
+Memories = dict[int, tuple[Tensor, Tensor]]  # of each timestep, the noised images and the denoised ones
+
+
+def save_samples(path: Path, model: Model, schedule: NoiseSchedule, image_shape: Sequence[int], seed: int) -> None:
+    """A sheet of 64 samples of a model. image_shape: […, C, H, W]."""
+    generator = torch.Generator(schedule.gamma.device).manual_seed(seed)
+    samples = sampling.sample(model, schedule, (64, *image_shape[-3:]), generator=generator)
+    save_image(samples, path, nrow=8, normalize=True, value_range=(-1, 1))
 
 
 def save_before_after(path: Path, before: Tensor, after: Tensor, tshirts: Tensor) -> None:
-    """The samples that were T-shirts, [B] bool, and ordinary ones, each above what the same noise gives after unlearning."""
+    """The samples that were T-shirts, [B] bool, and ordinary ones, each above what the same noise gives after
+    unlearning."""
     columns = 12
     rows: list[Row] = []
     if tshirts.any():
@@ -26,7 +38,8 @@ def save_before_after(path: Path, before: Tensor, after: Tensor, tshirts: Tensor
     if not tshirts.all():
         rows += ["Ordinary samples, and what the same noise gives after unlearning"]
         for begin in range(0, min(3 * columns, int((~tshirts).sum())), columns):
-            rows += [("before", before[~tshirts][begin : begin + columns]), ("after", after[~tshirts][begin : begin + columns])]
+            some = slice(begin, begin + columns)
+            rows += [("before", before[~tshirts][some]), ("after", after[~tshirts][some])]
     if rows:
         save_rows(path, rows)
 
@@ -48,7 +61,8 @@ def save_memory(path: Path, originals: Tensor, before: Memories, after: Memories
 
 
 def save_strip(path: Path, timesteps: list[int], strip: dict[int, Tensor]) -> None:
-    """One column for each step in `strip`: the image to forget, noised to each timestep and denoised at that step.
+    """One column for each step in `strip`: the image to forget, noised to each timestep and denoised at that
+    step.
 
     strip: of each step [number of timesteps, C, H, W].
     """
@@ -57,7 +71,8 @@ def save_strip(path: Path, timesteps: list[int], strip: dict[int, Tensor]) -> No
 
 
 def save_rows(path: Path, rows: list[Row]) -> None:
-    """Write a PNG of rows one below the other. Images are [N, C, H, W] in [−1, 1], all of one size; small ones are enlarged."""
+    """Write a PNG of rows one below the other. Images are [N, C, H, W] in [−1, 1], all of one size; small
+    ones are enlarged."""
     pictures = [row[1] for row in rows if isinstance(row, tuple)]
     scale = max(1, 84 // pictures[0].shape[-1])
     height, width = (scale * side + GAP for side in pictures[0].shape[-2:])

@@ -1,4 +1,5 @@
-"""The picture of the trade-off. Imports matplotlib, an optional extra: import this only where it is wanted."""
+"""The picture of the trade-off. Imports matplotlib, an optional extra: import this only where it is
+wanted."""
 
 from pathlib import Path
 from statistics import mean
@@ -24,8 +25,9 @@ def trajectory(directory: str | Path) -> list[dict[str, Any]]:
 def save_pareto(path: Path, groups: Groups, timestep: int) -> None:
     """Forgetting to the left, quality below: where each method ends, and the way that each run took.
 
-    Left: the Fréchet distance to real digits, or of other pictures the denoising loss on kept ones, over the memory at
-    `timestep`, a point a group with its spread over runs, in pale the single runs. Right: the denoising loss on kept digits over memory, from the first step to the last.
+    Left: the Fréchet distance to real digits, or of other pictures the denoising loss on kept ones, over the
+    memory at `timestep`, a point a group with its spread over runs, in pale the single runs. Right: the
+    denoising loss on kept digits over memory, from the first step to the last.
     """
     digits = any("frechet" in result for results in groups.values() for result in results)
     figure, (end, way) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")

@@ -1,7 +1,9 @@
-"""Checkpoints: one file with the network, its schedule and what made it; and published models (`load_pretrained`)."""
+"""Checkpoints: one file with the network, its schedule and what made it; and published models
+(`load_pretrained`)."""
 
 import json
-from dataclasses import asdict, dataclass
+from argparse import Namespace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from minisiss.unet import UNet, UNetConfig
 
 FORMAT = "minisiss-1"
 MOST_TIMESTEPS = 100_000
+MOST_PARAMETERS = 10**9  # of a new network: with their average, gradients and AdamW's state 20 GB
 
 
 @dataclass
@@ -51,13 +54,15 @@ def save(
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint, of anyone. Raises UserError, naming the file, for anything that is not a whole checkpoint of ours."""
+    """Read a checkpoint, of anyone. Raises UserError, naming the file, for what is no whole checkpoint of
+    ours."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
         state = read_tensors(path)
     except Exception as error:  # a damaged file can fail anywhere in torch's readers
-        raise UserError(f"{path}: not a readable checkpoint (truncated, damaged, or of another program)") from error
+        reason = "not a readable checkpoint (truncated, damaged, or of another program)"
+        raise UserError(f"{path}: {reason}") from error
     if type(state) is not dict or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a minisiss checkpoint (its format is not '{FORMAT}')")
     try:
@@ -79,9 +84,11 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
 
 
 def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
-    """The schedule in a checkpoint: β between 0 and 1, and what follows from them. Raises an error otherwise."""
+    """The schedule in a checkpoint: β between 0 and 1, and what follows from them. Raises an error
+    otherwise."""
     betas = values.get("betas")
-    if not isinstance(betas, Tensor) or betas.ndim != 1 or not 0 < len(betas) <= MOST_TIMESTEPS or not 0 < betas.min() <= betas.max() < 1:
+    row = isinstance(betas, Tensor) and betas.ndim == 1 and 0 < len(betas) <= MOST_TIMESTEPS
+    if not row or not 0 < betas.min() <= betas.max() < 1:
         raise ValueError(f"its schedule's betas should be 1 to {MOST_TIMESTEPS:,} numbers between 0 and 1")
     expected = vars(NoiseSchedule.from_betas(betas))
     if values.keys() != expected.keys():
@@ -90,49 +97,54 @@ def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
         same = isinstance(value, Tensor) and (value.shape, value.dtype) == (betas.shape, torch.float32)
         if not same or not torch.allclose(value, expected[name], rtol=1e-3, atol=0):
             raise ValueError(f"its schedule's {name} do not follow from its betas")
-    return NoiseSchedule(**{name: value.clone() for name, value in values.items()})  # no views of a file that may change
+    # No views of a file that may change.
+    return NoiseSchedule(**{name: value.clone() for name, value in values.items()})
 
 
 def checked_origin(made_by: dict[str, Any]) -> dict[str, Any]:
-    """What says how a checkpoint was made, if it is a little JSON, as it goes into reports. Raises an error otherwise."""
-    for count, _ in enumerate(json.JSONEncoder().iterencode(made_by)):  # a few lists in each other can be endless JSON
+    """What says how a checkpoint was made, if it is a little JSON: it goes into reports. Raises an error
+    otherwise."""
+    for count, _ in enumerate(json.JSONEncoder().iterencode(made_by)):  # lists in each other can be endless JSON
         if count > 10_000:
             raise ValueError("its made_by is too long")
     return made_by
 
 
 def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
-    """What --resume needs of a checkpoint: weights, ema (or None), step, seconds, c (or None) and moments, which are AdamW's state.
+    """What --resume needs of a checkpoint: weights, ema (or None), step, seconds and moments, AdamW's state.
 
     Raises UserError if it is not there, is for another network than `model`, or is past `steps`.
     """
     found = load(path)
     training = found.training
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{path}: cannot be continued, {reason}")
+
     if not {"optimizer", "step", "seconds"} <= training.keys() or not isinstance(training["optimizer"], dict):
-        raise UserError(f"{path}: cannot be continued, it holds no optimizer state")
+        raise refuse("it holds no optimizer state")
     if found.model.config != model.config:
-        raise UserError(f"{path}: cannot be continued, its network is not the one in the config.json beside it")
-    step, seconds, c = training["step"], training["seconds"], training.setdefault("c", None)
+        raise refuse("its network is not the one in the config.json beside it")
+    step, seconds = training["step"], training["seconds"]
     if type(step) is not int or type(seconds) is not float or step < 0 or not 0 <= seconds < float("inf"):
-        raise UserError(f"{path}: cannot be continued, its steps and seconds are no numbers of steps and seconds")
-    if type(c) not in (float, type(None)):
-        raise UserError(f"{path}: cannot be continued, its c is no number")
+        raise refuse("its steps and seconds are no numbers of steps and seconds")
     if step > steps:
         raise UserError(f"--steps {steps}: {path} has taken {step} already")
     try:
         moments = {place: dict(tensors) for place, tensors in training["optimizer"]["state"].items()}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be continued, its optimizer state is none of AdamW's") from error
+        raise refuse("its optimizer state is none of AdamW's") from error
     if moments or step:
         shapes = {
             f"{name} of parameter {place}": shape
             for place, parameter in enumerate(model.parameters())
             for name, shape in {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items()
         }
-        check_tensors(path, {f"{name} of parameter {place}": tensor for place, tensors in moments.items() for name, tensor in tensors.items()}, shapes)
+        there = {f"{name} of parameter {place}": value for place, of in moments.items() for name, value in of.items()}
+        check_tensors(path, there, shapes)
     # Each in memory of its own, as the optimizer works in place.
-    training["moments"] = {place: {name: tensor.clone() for name, tensor in tensors.items()} for place, tensors in moments.items()}
-    return training
+    clones = {place: {name: value.clone() for name, value in of.items()} for place, of in moments.items()}
+    return training | {"moments": clones}
 
 
 def load_any(path: str, timesteps: list[int], device: torch.device) -> Checkpoint:
@@ -146,5 +158,23 @@ def load_any(path: str, timesteps: list[int], device: torch.device) -> Checkpoin
     else:
         found = load(ASSETS / "mnist-small.pt" if path == BUNDLED else path, device)
     if max(timesteps) >= len(found.schedule):
-        raise UserError(f"--memory-timesteps {max(timesteps)}: the last timestep of {path} is {len(found.schedule) - 1}")
+        last = len(found.schedule) - 1
+        raise UserError(f"--memory-timesteps {max(timesteps)}: the last timestep of {path} is {last}")
     return found
+
+
+def untrained(args: Namespace) -> UNet:
+    """The network that the flags describe, before its first step. Raises UserError for one that cannot be."""
+    try:
+        config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
+    except ValueError as error:
+        raise UserError(error) from error
+    with torch.device("meta"):  # counts without taking memory
+        count = sum(parameter.numel() for parameter in UNet(config).parameters())
+    if count > MOST_PARAMETERS:
+        what = f"a network of {count:,} parameters; here it may have {MOST_PARAMETERS:,}"
+        raise UserError(f"--channels, --layers-per-block: {what}")
+    torch.manual_seed(args.seed)
+    model = UNet(config)
+    model.checkpoint_activations = args.checkpoint_activations
+    return model

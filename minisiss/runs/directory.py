@@ -1,8 +1,7 @@
-"""A run's directory: config.json, metrics.jsonl, model.pt, pictures; and stopping a run without losing it."""
+"""A run's directory: config.json, metrics.jsonl, model.pt, pictures."""
 
 import itertools
 import json
-import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from minisiss.runs.files import UNFINISHED, write_atomically
 def new_directory(out: str | None, name: str) -> Path:
     """Create the directory of a new run: `out`, or the first free of runs/name-1, runs/name-2, …
 
-    mkdir is the lock: of two runs that start together, one gets a directory and the other the next, or an error.
-    Raises UserError if `out` exists.
+    mkdir is the lock: of two runs that start together, one gets a directory and the other the next, or an
+    error. Raises UserError if `out` exists.
     """
     for number in itertools.count(1):
         path = Path(out) if out is not None else Path("runs") / f"{name}-{number}"
@@ -31,7 +30,8 @@ def new_directory(out: str | None, name: str) -> Path:
 
 def write_config(directory: Path, args: Namespace) -> None:
     """Write config.json, the settings that --resume goes on with."""
-    write_json(directory / "config.json", {name: value for name, value in vars(args).items() if name not in ("resume", "out")})
+    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
+    write_json(directory / "config.json", settings)
 
 
 def open_again(directory: str) -> Path:
@@ -48,7 +48,8 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, but for a last one that was cut off. Raises UserError for what is none."""
+    """The lines of a run's metrics.jsonl, but for a last one that was cut off. Raises UserError for what is
+    none."""
     path = directory / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -61,7 +62,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the checkpoint it starts from.
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the checkpoint it starts
+    from.
 
     With `writes` false, as on all ranks but one, the file stays as it is.
     """
@@ -70,31 +72,10 @@ class Metrics:
         self.path, self.writes = directory / "metrics.jsonl", writes
         if writes and self.path.exists():
             kept = [record for record in read_metrics(directory) if start and record["step"] <= start]
-            write_atomically(self.path, lambda file: file.write("".join(json.dumps(record) + "\n" for record in kept).encode()))
+            lines = "".join(json.dumps(record) + "\n" for record in kept)
+            write_atomically(self.path, lambda file: file.write(lines.encode()))
 
     def write(self, **record: Any) -> None:
         if self.writes:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-class Stop:
-    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step and save; a second Ctrl-C stops at once."""
-
-    def __enter__(self) -> "Stop":
-        self.signal: int | None = None
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    @staticmethod
-    def status(number: int) -> int:
-        """The exit status that a shell expects of a program ended by this signal."""
-        return 128 + number

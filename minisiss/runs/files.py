@@ -1,4 +1,5 @@
-"""Reading tensors from files that anyone may have made, and writing files so that a crash leaves the old one or the new one."""
+"""Reading tensors from files that anyone may have made; writing files so that a crash leaves the old or the
+new one."""
 
 import os
 import pickletools
@@ -15,35 +16,41 @@ from torch import Tensor
 
 from minisiss.errors import UserError
 
-# What the pickle in a file of dense tensors refers to. torch trusts more than that, bytearray(10**10) for one.
+# What the pickle in a file of dense tensors refers to. torch trusts more than that, bytearray(10**10) for
+# one.
 TRUSTED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
 def read_tensors(path: Path | str) -> Any:
     """What torch.save wrote, if that is dense tensors in lists and dicts, with numbers and text.
 
-    Nothing in the file is run, and no more memory is taken than it has bytes. A byte that is missing or changed is noticed,
-    unless nothing reads it. Raises any exception for a file that is not whole: it can fail anywhere in the readers.
+    Nothing in the file is run, and no more memory is taken than it has bytes. A byte that is missing or
+    changed is noticed, unless nothing reads it. Raises any exception for a file that is not whole: it can
+    fail anywhere in the readers.
     """
     with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
         records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):  # torch compresses none, and zipfile unpacks some without a bound
+        # torch compresses none, and zipfile unpacks some without a bound.
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise ValueError("compressed")
         if sum(record.file_size for record in records) > os.path.getsize(path):  # the same bytes, many times
             raise ValueError("records overlap")
         if archive.testzip():
             raise ValueError("a checksum is wrong")
-        (pickled,) = (record for record in records if record.filename.lower().endswith(".pkl"))  # a TorchScript file has two
+        # A TorchScript file has two.
+        (pickled,) = (record for record in records if record.filename.lower().endswith(".pkl"))
         for operation, names, _ in pickletools.genops(archive.read(pickled)):
             if operation.name == "GLOBAL" and not TRUSTED.fullmatch(names):
                 raise ValueError(f"{names} is no tensor")
         warnings.simplefilter("ignore")  # torch warns on its way to an error of its own; one line is enough
-        # Mapped, a tensor is a view of the file's own bytes, whatever size it claims to be; not every torch compares the two.
+        # Mapped, a tensor is a view of the file's own bytes, whatever size it claims to be; not every torch
+        # compares the two.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_tensors(path: Path | str, found: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
-    """Raises UserError unless the tensors `found` in a file are those of `shapes`, no other, and of finite numbers."""
+    """Raises UserError unless the tensors `found` in a file are those of `shapes`, no other, and of finite
+    numbers."""
     if (numbers := sum(shape.numel() for shape in shapes.values())) > os.path.getsize(path):
         raise UserError(f"{path}: too small for the {numbers:,} numbers of the network that it claims to hold")
     for name, shape in shapes.items():
@@ -64,7 +71,8 @@ UNFINISHED = ".unfinished-"  # how the names of temporary files begin
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file in the same folder, and put that in the place of `path` when it is on the disk.
+    """Call `write` on a temporary file in the same folder, and put that in the place of `path` once it is on
+    disk.
 
     Raises UserError when the disk does not take it; the old file is then as it was.
     """

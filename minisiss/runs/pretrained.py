@@ -1,4 +1,5 @@
-"""Published DDPM weights: the directory that diffusers' UNet2DModel and DDPMScheduler read and write, without diffusers."""
+"""Published DDPM weights: the directory that diffusers' UNet2DModel and DDPMScheduler read and write, without
+diffusers."""
 
 import importlib.util
 import json
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisiss import unet
 from minisiss.errors import UserError
 from minisiss.runs.files import check_tensors, read_tensors
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model"
-COUNT = range(1, 4097)
 Arguments = dict[str, tuple[str | None, Any, list]]
 
 
@@ -27,22 +28,23 @@ def only(**values: Any) -> Arguments:
     return {name: (None, value, [value]) for name, value in values.items()}
 
 
-# An argument of theirs: (our name for it, their default where a config leaves it out, what we can reproduce).
+# An argument of theirs: (our name for it, their default where a config leaves it out, what we can reproduce, which for
+# fields of `UNetConfig` is declared there).
 UNET: Arguments = {
     "_class_name": (None, None, ["UNet2DModel"]),
-    "sample_size": ("image_size", None, [COUNT]),
-    "in_channels": ("image_channels", 3, [COUNT]),
-    "out_channels": ("image_channels", 3, [COUNT]),
-    "block_out_channels": ("channels", [224, 448, 672, 896], [list]),
-    "layers_per_block": ("layers_per_block", 2, [range(1, 17)]),
+    "sample_size": ("image_size", None, []),
+    "in_channels": ("image_channels", 3, []),
+    "block_out_channels": ("channels", [224, 448, 672, 896], []),
+    "layers_per_block": ("layers_per_block", 2, []),
+    "attention_head_dim": ("head_channels", 8, []),
+    "norm_num_groups": ("norm_groups", 32, []),
+    "norm_eps": ("norm_eps", 1e-5, []),
+    "downsample_padding": ("downsample_padding", 1, []),
+    "flip_sin_to_cos": ("flip_sin_to_cos", True, []),
+    "freq_shift": ("freq_shift", 0, []),
+    "out_channels": (None, 3, [int]),
     "down_block_types": (None, ["DownBlock2D"] + 3 * ["AttnDownBlock2D"], [list]),
     "up_block_types": (None, 3 * ["AttnUpBlock2D"] + ["UpBlock2D"], [list]),
-    "attention_head_dim": ("head_channels", 8, [None, COUNT]),
-    "norm_num_groups": ("norm_groups", 32, [COUNT]),
-    "norm_eps": ("norm_eps", 1e-5, [float]),
-    "downsample_padding": ("downsample_padding", 1, [0, 1]),
-    "flip_sin_to_cos": ("flip_sin_to_cos", True, [False, True]),
-    "freq_shift": ("freq_shift", 0, [0, 1]),
     "dropout": (None, 0.0, [object]),  # matters in training only
     "num_train_timesteps": (None, None, [object]),  # matters to another time embedding only
     **only(
@@ -78,7 +80,9 @@ RENAMES = [
     (r"\.out\.", ".to_out.0."),
 ]
 # Their attention's names to those in which the first checkpoints were uploaded.
-OLD_NAMES = [(r"\.to_q\.", ".query."), (r"\.to_k\.", ".key."), (r"\.to_v\.", ".value."), (r"\.to_out\.0\.", ".proj_attn.")]
+OLD_NAMES = [
+    (r"\.to_q\.", ".query."), (r"\.to_k\.", ".key."), (r"\.to_v\.", ".value."), (r"\.to_out\.0\.", ".proj_attn."),
+]  # fmt: skip
 
 
 def rename(name: str, table: list) -> str:
@@ -88,12 +92,13 @@ def rename(name: str, table: list) -> str:
 
 
 def load_pretrained(directory: Path | str) -> tuple[UNet, NoiseSchedule]:
-    """Read a published DDPM, such as google/ddpm-celebahq-256: its network, in float32 on the CPU, and its schedule.
+    """Read a published DDPM, such as google/ddpm-celebahq-256: its network, in float32 on the CPU, and its
+    schedule.
 
-    `directory`, or unet/ in it, holds config.json and diffusion_pytorch_model.safetensors or .bin. The schedule is that
-    of a scheduler_config.json there, beside it or in scheduler/; without one, `NoiseSchedule.linear()`.
-    Raises UserError, naming the file and the value, key or shape, for a model that our UNet cannot reproduce, and for a
-    link that leads out of `directory`.
+    `directory`, or unet/ in it, holds config.json and diffusion_pytorch_model.safetensors or .bin. The
+    schedule is that of a scheduler_config.json there, beside it or in scheduler/; without one,
+    `NoiseSchedule.linear()`. Raises UserError, naming the file and the value, key or shape, for a model that
+    our UNet cannot reproduce, and for a link that leads out of `directory`.
     """
     directory = Path(directory)
 
@@ -117,7 +122,8 @@ def load_pretrained(directory: Path | str) -> tuple[UNet, NoiseSchedule]:
 
 
 def save_pretrained(directory: Path | str, model: UNet, schedule: NoiseSchedule) -> None:
-    """Write a model where `load_pretrained`, and diffusers, can read it: all of it or, if that fails, nothing.
+    """Write a model where `load_pretrained`, and diffusers, can read it: all of it or, if that fails,
+    nothing.
 
     Raises UserError if `directory` already holds something, or if the schedule is not linear.
     """
@@ -129,18 +135,19 @@ def save_pretrained(directory: Path | str, model: UNet, schedule: NoiseSchedule)
     if not torch.allclose(torch.linspace(start, end, len(schedule)), schedule.betas.cpu(), rtol=1e-4, atol=0):
         raise UserError(f"{directory}: a schedule that is not linear cannot be saved in this form")
     betas = {"num_train_timesteps": len(schedule), "beta_start": start, "beta_end": end, "beta_schedule": "linear"}
-    unet = {name: getattr(model.config, ours) for name, (ours, _, _) in UNET.items() if ours}
+    config = {name: getattr(model.config, ours) for name, (ours, _, _) in UNET.items() if ours}
+    config |= {"out_channels": model.config.image_channels, **block_types(model.config)}
     weights = {rename(name, RENAMES): tensor.cpu() for name, tensor in model.state_dict().items()}
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
-        for file, config in {
-            "config.json": {"_class_name": "UNet2DModel", **unet, **block_types(model.config)},
+        for file, values in {
+            "config.json": {"_class_name": "UNet2DModel", **config},
             "scheduler_config.json": {"_class_name": "DDPMScheduler", **betas},
         }.items():
-            (new / file).write_text(json.dumps(config, indent=2) + "\n")
+            (new / file).write_text(json.dumps(values, indent=2) + "\n")
         # Not .safetensors: writing .bin needs nothing but torch, and every version of diffusers reads it.
         torch.save(weights, new / f"{WEIGHTS}.bin")
         os.replace(new, directory)
@@ -159,9 +166,11 @@ def unet_config(published: dict[str, Any]) -> UNetConfig:
     if unknown := [name for name in published if name not in UNET and not name.startswith("_")]:
         raise ValueError(f"{unknown[0]} is no argument of UNet2DModel that minisiss knows")
     if values["in_channels"] != values["out_channels"]:
-        raise ValueError(f"out_channels is {values['out_channels']}; expected in_channels, {values['in_channels']}")
+        expected = f"expected in_channels, {values['in_channels']}"
+        raise ValueError(f"out_channels is {values['out_channels']}; {expected}")
     attention = [level for level, name in enumerate(values["down_block_types"]) if name == "AttnDownBlock2D"]
-    config = UNetConfig(attention_levels=attention, **{ours: values[name] for name, (ours, _, _) in UNET.items() if ours})
+    fields = {ours: values[name] for name, (ours, _, _) in UNET.items() if ours}
+    config = UNetConfig(attention_levels=attention, **fields)
     for name, expected in block_types(config).items():
         if values[name] != expected:
             raise ValueError(f"{name} is {json.dumps(values[name])}; expected {json.dumps(expected)}")
@@ -169,7 +178,8 @@ def unet_config(published: dict[str, Any]) -> UNetConfig:
 
 
 def noise_schedule(published: dict[str, Any]) -> NoiseSchedule:
-    """The schedule of a scheduler_config.json. Raises ValueError for one that is not linear, or a network not predicting ε."""
+    """The schedule of a scheduler_config.json. Raises ValueError for one that is not linear, or a network not
+    predicting ε."""
     values = checked(published, SCHEDULER)
     return NoiseSchedule.linear(**{ours: values[name] for name, (ours, _, _) in SCHEDULER.items() if ours})
 
@@ -188,14 +198,20 @@ def checked(published: dict[str, Any], arguments: Arguments) -> dict[str, Any]:
         return f"a {wanted.__name__}" if isinstance(wanted, type) else json.dumps(wanted)
 
     values = {name: published.get(name, default) for name, (_, default, _) in arguments.items()}
-    for name, (_, _, accepted) in arguments.items():
-        if not any(fits(values[name], wanted) for wanted in accepted):
-            raise ValueError(f"{name} is {json.dumps(values[name])[:80]}; expected {' or '.join(map(describe, accepted))}")
+    for name, (ours, _, accepted) in arguments.items():
+        value, wanted = values[name], None
+        if not accepted:
+            wanted = unet.expected(ours, value)
+        elif not any(fits(value, one) for one in accepted):
+            wanted = " or ".join(map(describe, accepted))
+        if wanted:
+            raise ValueError(f"{name} is {json.dumps(value)[:80]}; expected {wanted}")
     return values
 
 
 def read_json(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
-    """`parse` of the JSON object in a file. Raises UserError, naming the file, for what either finds wrong."""
+    """`parse` of the JSON object in a file. Raises UserError, naming the file, for what either finds
+    wrong."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -217,7 +233,8 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_weights(path: Path, model: UNet) -> dict[str, Tensor]:
-    """The weights in a file under our names: all of `model`'s, in its shapes, and no other. Raises UserError otherwise."""
+    """The weights in a file under our names: all of `model`'s, in its shapes, and no other. Raises UserError
+    otherwise."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -226,7 +243,8 @@ def read_weights(path: Path, model: UNet) -> dict[str, Tensor]:
         else:
             state = dict(read_tensors(path))
     except Exception as error:  # a damaged file can fail anywhere in the readers
-        raise UserError(f"{path}: not a readable file of weights (truncated, damaged, or of another program)") from error
+        what = "not a readable file of weights (truncated, damaged, or of another program)"
+        raise UserError(f"{path}: {what}") from error
 
     names, shapes = {}, {}
     for ours, parameter in model.state_dict().items():

@@ -1,11 +1,11 @@
 """What a step costs in time and memory, on this machine.
 
-    python -m minisiss.study.bench                          three networks; at most about 15 minutes on two CPU cores
+    python -m minisiss.study.bench                          three networks; some 10 minutes on two CPU cores
     python -m minisiss.study.bench --presets mnist-small    one of them
-    python -m minisiss.study.bench --scaling                instead, from one device to several: images a second, efficiency
+    python -m minisiss.study.bench --scaling                from one device to several: images a second, efficiency
 
-Three tables a network: a step of every method against one of naive deletion; images a second in training and sampling;
-how a step grows with the batch and with the picture. What is compared takes turns, so that a noisy machine hits all alike.
+Two tables a network: a step of every method against one of naive deletion; images a second in training and sampling.
+What is compared takes turns, so that a noisy machine hits all alike.
 """
 
 import json
@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minisiss import unlearning
 from minisiss.errors import UserError
 from minisiss.machine import ranks
 from minisiss.machine.command_line import Parser, batch_size, filename, number, positive_int, run
 from minisiss.machine.device import pick_device
 from minisiss.machine.ranks import ALONE, World
+from minisiss.report.table import aligned
 from minisiss.runs.directory import write_json
-from minisiss.study.workload import BATCH_SIZES, LITERAL, NAIVE, STEPS, Workload
+from minisiss.study.workload import BATCH_SIZES, NAIVE, STEPS, Workload
 
 SECONDS = 75  # for one table, in which at least one round is timed
 DDIM_STEPS = 50  # of one sample
@@ -44,7 +44,9 @@ Rows = list[dict[str, Any]]
 Times = dict[tuple, list[float]]
 
 
-def measure(title: str, calls: dict[tuple, Callable[[int], None]], repeats: int, device: torch.device, world: World = ALONE) -> Times:
+def measure(
+    title: str, calls: dict[tuple, Callable[[int], None]], repeats: int, device: torch.device, world: World = ALONE
+) -> Times:
     """Seconds of each call in each round. The calls take turns; round 0 warms up and is not counted.
 
     There are `repeats` rounds, or as many as end within `SECONDS`, but at least one. SISS is called twice a round and
@@ -82,8 +84,8 @@ def peak_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peak_memory(args: Namespace, preset: str, name: str) -> dict[str, float]:
-    """MiB at the peak of two steps (the first one makes AdamW's state), and how much of it the steps added.
+def peak_of_two_steps(args: Namespace, preset: str, name: str) -> dict[str, float]:
+    """MiB at the peak of two steps (the first makes AdamW's state), and how many the steps added.
 
     A process has only one peak, so this is for a process of its own.
     """
@@ -95,35 +97,34 @@ def peak_memory(args: Namespace, preset: str, name: str) -> dict[str, float]:
     return {"peak MiB": peak / 2**20, "step MiB": (peak - before) / 2**20}
 
 
-def memory(args: Namespace, preset: str) -> dict[str, dict[str, float]]:
-    """`peak_memory` of every method."""
+def peaks(args: Namespace, preset: str) -> dict[str, dict[str, float]]:
+    """`peak_of_two_steps` of every method."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["minisiss.study.workload"])  # torch is imported once for all of them
-    peaks = {}
-    for name in tqdm(STEPS, desc="memory", unit="process", leave=False):
+    found = {}
+    for name in tqdm(STEPS, desc="peaks of memory", unit="process", leave=False):
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            peaks[name] = pool.submit(peak_memory, args, preset, name).result()
-    return peaks
-
-
-def ratio(times: list[float], naive: list[float]) -> float:
-    """The median over rounds of the time relative to naive deletion's in the same round."""
-    return median(this / other for this, other in zip(times, naive, strict=True))
+            found[name] = pool.submit(peak_of_two_steps, args, preset, name).result()
+    return found
 
 
 def steps(work: Workload, peaks: dict[str, dict[str, float]], repeats: int) -> Rows:
-    """A step of every method on the same batches."""
+    """A step of every method on the same batches; relative to naive deletion's time in the same round, the median."""
     times = measure("steps", {(name,): partial(work.step, name) for name in STEPS}, repeats, work.device)
+    ratios = {
+        name: median(this / naive for this, naive in zip(rounds, times[(NAIVE,)], strict=True))
+        for (name,), rounds in times.items()
+    }
     return [
-        {"step": name, "seconds": median(rounds), "× naive": ratio(rounds, times[(NAIVE,)]), **peaks[name], "rounds": rounds}
+        {"step": name, "seconds": median(rounds), "× naive": ratios[name], **peaks[name], "rounds": rounds}
         for (name,), rounds in times.items()
     ]
 
 
 def overlap(work: Workload, rounds: int) -> float:
-    """The share of images that matter to both terms of SISS, over the rounds that are timed."""
-    terms = [work.terms(unlearning.METHODS["siss"], round) for round in range(1, rounds + 1)]
-    return torch.stack([(t.keep.weighed & t.forget.weighed).float().mean() for t in terms]).mean().item()
+    """The share of images that count in both terms of SISS, over the rounds that are timed."""
+    terms = [work.terms("siss", round) for round in range(1, rounds + 1)]
+    return torch.stack([(t.keep.counts & t.forget.counts).float().mean() for t in terms]).mean().item()
 
 
 def variants(work: Workload, compiled: bool) -> dict[str, Workload]:
@@ -148,46 +149,25 @@ def throughput(networks: dict[str, Workload], repeats: int, first: int) -> Rows:
     ]
 
 
-def growth(work: Workload, args: Namespace, preset: str) -> Rows:
-    """A step by batch size (four) and by image size (three), both up to the preset's."""
-    full, batch, unit = work.config.image_size, work.batch_size, 2 ** (len(work.config.channels) - 1)
-    works = {size: Workload(args, preset, size) for size in (full // 2 // unit * unit, full * 3 // 4 // unit * unit)}
-    works[full] = work
-    cases = [*((full, max(1, batch * part // 8)) for part in (1, 2, 4)), *((size, batch) for size in works)]
-    names = (NAIVE, LITERAL, "siss")
-    calls = {(*case, name): partial(works[case[0]].step, name, batch_size=case[1]) for case in cases for name in names}
-    times = measure("growth", calls, args.repeats, work.device)
-    rows = []
-    for case in cases:
-        naive, literal, fast = (times[(*case, name)] for name in names)
-        row = {"image size": case[0], "batch": case[1], f"{NAIVE} seconds": median(naive)}
-        rows.append(row | {f"{LITERAL} × naive": ratio(literal, naive), "siss × naive": ratio(fast, naive)})
-    return rows
-
-
 def rates(args: Namespace, preset: str, world: World) -> dict[str, float]:
     """Images a second of all ranks together: in steps of SISS, and sampled (of which the first 5 steps run)."""
-    work = Workload(args, preset, world=world)
-    batch = world.size * work.batch_size
-    calls = {("siss",): partial(work.step, "siss", batch_size=batch), ("sampling",): partial(work.sample, 5)}
-    rate = {name: batch / median(rounds) for (name,), rounds in measure("rates", calls, args.repeats, work.device, world).items()}
+    work = Workload(args, preset, world)
+    calls = {("siss",): partial(work.step, "siss"), ("sampling",): partial(work.sample, 5)}
+    times = measure("rates", calls, args.repeats, work.device, world)
+    rate = {name: world.size * work.batch_size / median(rounds) for (name,), rounds in times.items()}
     return rate | {"sampling": rate["sampling"] * 5 / DDIM_STEPS}
 
 
-def scaling(args: Namespace, presets: list[str], device: torch.device, name: str) -> None:
+def scaling(args: Namespace, presets: list[str], device: torch.device) -> dict[str, Rows]:
     """Weak scaling: the `rates` of 1 to N ranks, GPUs or threads of a CPU, each with a batch of the preset's size.
 
-    Efficiency is the rate of a rank among N over that of a rank among the fewest. torchrun starts each number of ranks, on
-    this same command, which then measures its rates.
+    Efficiency is the rate of a rank among N over that of a rank among the fewest. torchrun starts each number of
+    ranks, on this same command, which then measures its rates.
     """
-    if "RANK" in os.environ:
-        world = ranks.start(device)
-        found = {preset: rates(args, preset, world) for preset in presets}
-        return world.on_rank_0(lambda: write_json(Path(args.out), found))
-
     most = torch.cuda.device_count() if device.type == "cuda" else 2
     tables = {preset: [] for preset in presets}
-    for count in tqdm(sorted(args.scaling) or [*(n for n in (1, 2, 4, 8) if n < most), most], desc="scaling", unit="torchrun"):
+    counts = sorted(args.scaling) or [*(n for n in (1, 2, 4, 8) if n < most), most]
+    for count in tqdm(counts, desc="scaling", unit="torchrun"):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rates.json"
             launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
@@ -203,7 +183,7 @@ def scaling(args: Namespace, presets: list[str], device: torch.device, name: str
     for preset, rows in tables.items():
         print(f"{preset}, images/s of all ranks together:\n")
         show(rows)
-    write_json(Path(args.out), {"torch": str(torch.__version__), "device": name, "scaling": tables})
+    return tables
 
 
 def show(rows: Rows) -> None:
@@ -213,41 +193,41 @@ def show(rows: Rows) -> None:
         return (f"{value:,.0f}" if value >= 100 else f"{value:#.3g}") if isinstance(value, float) else str(value)
 
     names = [name for name, value in rows[0].items() if not isinstance(value, list)]
-    cells = [names, *([text(row[name]) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for first, *others in cells:
-        print(f"    {first:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)), sep="  ")
-    print()
+    print(aligned([names, *([text(row[name]) for name in names] for row in rows)]) + "\n")
 
 
 def benchmark(args: Namespace, preset: str) -> dict[str, Any]:
     """All tables of a preset, printed as they come."""
-    peaks = memory(args, preset)  # first, while this process holds nothing on the device
+    most = peaks(args, preset)  # first, while this process holds nothing on the device
     work = Workload(args, preset)
     about = {
         "channels": work.config.channels, "parameters": sum(p.numel() for p in work.model.parameters()),
-        "pictures": "×".join(map(str, work.data.images.shape[1:])), "batch": work.batch_size, "precision": args.precision,
+        "pictures": "×".join(map(str, work.config.image_shape)), "batch": work.batch_size, "precision": args.precision,
     }  # fmt: skip
     print(f"{preset}: {', '.join(f'{name} {value}' for name, value in about.items())}\n")
-    show(a := steps(work, peaks, args.repeats))
+    show(a := steps(work, most, args.repeats))
     shared = overlap(work, len(a[0]["rounds"]))
-    print(f"    {shared:.0%} of the images matter to both of siss's terms: by their number, {1 + shared:.2f} × naive\n")
+    print(f"{shared:.0%} of the images count in both of siss's terms: by their number, {1 + shared:.2f} × naive\n")
     show(b := throughput(variants(work, args.compile), args.repeats, 2 if args.quick else 5))
-    show(c := growth(work, args, preset))
-    return about | {"overlap": shared, "steps": a, "throughput": b, "growth": c}
+    return about | {"overlap": shared, "steps": a, "throughput": b}
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--presets", nargs="+", choices=BATCH_SIZES, help="networks (default: mnist-small mnist celebahq; the last is google/ddpm-celebahq-256, an eighth as wide on a CPU)")
-    parser.add_argument("--repeats", type=positive_int, default=5, help=f"timed rounds a table, or as many as end within {SECONDS} seconds")
-    parser.add_argument("--quick", action="store_true", help="one round, of mnist-tiny unless --presets says otherwise: does it run?")
-    parser.add_argument("--batch-size", type=batch_size, help="images a step (default: by preset and machine)")
-    parser.add_argument("--scaling", type=number(int, 1, 1024), nargs="*", metavar="N", help="instead: images a second on so many GPUs, or threads of a CPU (default: 1 to all GPUs; 1 and 2 threads)")
-    parser.add_argument("--data-root", type=filename, metavar="DIR", help="a folder of pictures for celebahq (default: smooth random ones)")
+    add = parser.add_argument
+    add("--presets", nargs="+", choices=BATCH_SIZES,
+        help="networks (default: mnist-small mnist celebahq, the last an eighth as wide on a CPU)")
+    add("--repeats", type=positive_int, default=5,
+        help=f"timed rounds a table, or as many as end within {SECONDS} seconds")
+    add("--quick", action="store_true", help="one round, of mnist-tiny unless --presets says otherwise: does it run?")
+    add("--batch-size", type=batch_size, help="images a step (default: by preset and machine)")
+    add("--scaling", type=number(int, 1, 1024), nargs="*", metavar="N",
+        help="instead: images a second on so many GPUs, or threads of a CPU (default: 1 to all GPUs; 1 and 2 threads)")
+    add("--data-root", type=filename, metavar="DIR",
+        help="a folder of pictures for celebahq (default: smooth random ones)")
     parser.add_machine()
-    parser.add_argument("--out", type=filename, default="bench.json", help="the JSON file to write")
-    return parser.parse_args()
+    add("--out", type=filename, default="bench.json", help="the JSON file to write")
+    return parser.parse_args()  # fmt: skip
 
 
 def main() -> int:
@@ -257,15 +237,20 @@ def main() -> int:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: should be a file, in a directory that exists")
     presets = args.presets or (["mnist-tiny"] if args.quick else ["mnist-small", "mnist", "celebahq"])
+    if args.scaling is not None and "RANK" in os.environ:  # one of the ranks that `scaling` starts
+        world = ranks.start(device)
+        found = {preset: rates(args, preset, world) for preset in presets}
+        world.on_rank_0(lambda: write_json(out, found))
+        return 0
 
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    results = {"torch": str(torch.__version__), "device": name, "presets": {}}
+    results = {"torch": str(torch.__version__), "device": name}
     print(f"torch {torch.__version__}, {name}\n")
     if args.scaling is not None:
-        scaling(args, presets, device, name)
-        print(f"written to {out}")
-        return 0
+        results["scaling"] = scaling(args, presets, device)
+        presets = []
+    results["presets"] = {}
     for preset in presets:
         try:
             results["presets"][preset] = benchmark(args, preset)
@@ -274,6 +259,7 @@ def main() -> int:
         write_json(out, results)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    write_json(out, results)
     print(f"written to {out}")
     return 0
 

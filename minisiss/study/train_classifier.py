@@ -27,7 +27,8 @@ EPOCHS, BATCH_SIZE, PEAK_LR, SHIFT = 8, 128, 4e-3, 2  # SHIFT: pixels, at most, 
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each image by up to `SHIFT` pixels in either direction, at random; what comes in is background, −1."""
+    """Move each image by up to `SHIFT` pixels in either direction, at random; what comes in is background,
+    −1."""
     padded = F.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT), value=-1.0)
     windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # [B, C, 2·SHIFT+1, 2·SHIFT+1, H, W]
     dy, dx = torch.randint(2 * SHIFT + 1, (2, len(images)), generator=generator)
@@ -35,7 +36,8 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS, seed: int = 0) -> DigitClassifier:
-    """Minimise the cross-entropy by AdamW, the learning rate up and down again in one cycle (Smith and Topin 2017).
+    """Minimise the cross-entropy by AdamW, the learning rate up and down again in one cycle (Smith and Topin
+    2017).
 
     images: [N, 1, 28, 28] uint8 with N ≥ `BATCH_SIZE`, and labels: [N] in 0 … 9. Reproducible from the seed.
     """
@@ -62,7 +64,8 @@ def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS, seed: int = 0) -
 def save(
     path: Path | str, classifier: DigitClassifier, test_moments: Moments, accuracy: float, made_by: dict[str, str | int | float]
 ) -> None:
-    """Write the weights, the moments of the test digits' features, what they are worth and what made them, atomically."""
+    """Write the weights, the moments of the test digits' features, what they are worth and what made them,
+    atomically."""
     state = {
         "format": FORMAT, "weights": classifier.state_dict(), "test_moments": test_moments, "accuracy": accuracy, "made_by": made_by,
     }  # fmt: skip

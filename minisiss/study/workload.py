@@ -2,29 +2,30 @@
 
 import copy
 from argparse import Namespace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import resize
 
-from minisiss import unlearning
 from minisiss.data.digits import BUNDLED
 from minisiss.data.folder import ImageFolder
 from minisiss.data.training_set import TrainingSet, mnist_with_tshirt, step_generator
 from minisiss.losses import Terms, squared_error
 from minisiss.machine.device import at_precision, pick_device
-from minisiss.machine.ranks import ALONE, World
+from minisiss.machine.ranks import ALONE, World, gradient_in_parts
 from minisiss.presets import PRESETS
 from minisiss.sampling import sample
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
+from minisiss.unlearning import METHODS, Gradient, Settings, descend, draw_batch, step, subtract
 
 # Of celebahq's depth, for a CPU.
 SLIM = dict(channels=(16, 16, 32, 32, 64, 64), norm_groups=16)
-BATCH_SIZES = {"mnist-tiny": (8, 8), "mnist-small": (64, 64), "mnist": (16, 128), "celebahq": (8, 16)}  # on a CPU, on a GPU
+BATCH_SIZES = {"mnist-tiny": (8, 8), "mnist-small": (64, 64), "mnist": (16, 128), "celebahq": (8, 16)}  # CPU, GPU
 
-NAIVE, LITERAL = "naive_deletion", "siss literal"
-STEPS = [NAIVE, LITERAL, "siss", "siss_no_is", "erasediff", "neggrad"]
+NAIVE, LITERAL, KNOWN = "naive_deletion", "siss literal", "siss, c known"
+STEPS = [NAIVE, LITERAL, "siss", KNOWN, "siss_no_is", "erasediff", "neggrad"]
 
 
 class Workload:
@@ -33,13 +34,13 @@ class Workload:
     The learning rate is 0: a step is as much work as any, and leaves the network to the next method as it was.
     """
 
-    def __init__(self, args: Namespace, preset: str, image_size: int | None = None, world: World = ALONE) -> None:
+    def __init__(self, args: Namespace, preset: str, world: World = ALONE) -> None:
         self.device, self.seed, self.world = pick_device(args.device), args.seed, world
         on_gpu = self.device.type != "cpu"
-        unet = PRESETS[preset]["unet"] | (SLIM if preset == "celebahq" and not on_gpu else {})
-        self.config = UNetConfig(**unet | {"image_size": image_size or unet["image_size"]})
+        self.config = UNetConfig(**PRESETS[preset]["unet"] | (SLIM if preset == "celebahq" and not on_gpu else {}))
         self.batch_size = args.batch_size or BATCH_SIZES[preset][on_gpu]
-        self.data = pictures(self.config, args.data_root).to(self.device)
+        images, k = pictures(self.config, args.data_root)
+        self.data = TrainingSet(images.to(self.device), k, world=world)
         self.schedule = NoiseSchedule.linear().to(self.device)
         torch.manual_seed(args.seed)
         self.model = UNet(self.config).to(self.device)
@@ -52,56 +53,61 @@ class Workload:
         other.predict = at_precision(self.model, self.device, precision, compiled)
         return other
 
-    def terms(self, method: unlearning.Method, round: int, batch_size: int | None = None) -> Terms:
+    def terms(self, name: str, round: int, settings: Settings = Settings()) -> Terms:  # noqa: B008: it is frozen
         """What a method makes of the round's batch: timesteps, noise and coins are the same for all methods."""
-        generator = step_generator(self.seed, round, self.device)
-        batch = unlearning.draw_batch(self.data, batch_size or self.batch_size, self.schedule, generator, method.x_from)
-        return method.loss(self.predict, batch, self.schedule)
+        method, generator = METHODS[name], step_generator(self.seed, round, self.device)
+        batch = draw_batch(self.data, self.batch_size * self.world.size, self.schedule, generator, method.draw_x)
+        return method.terms(self.predict, batch, self.schedule, settings)
 
-    def step(self, name: str, round: int, batch_size: int | None = None) -> None:
+    def step(self, name: str, round: int) -> None:
         """All of a step, as in unlearn.py: draw a batch, run the network, combine the gradients, run AdamW."""
-        method, settings = unlearning.METHODS["siss" if name == LITERAL else name], unlearning.Settings()
-        terms = self.terms(method, round, batch_size)
+        settings = Settings(superfactor=9.0) if name == KNOWN else Settings()
+        method = "siss" if name in (LITERAL, KNOWN) else name
+        terms = self.terms(method, round, settings)
         if name == LITERAL:
             literal_step(terms, self.optimizer, settings)
         else:
-            unlearning.step(method, terms, self.optimizer, settings, world=self.world)
+            gradient = partial(gradient_in_parts, world=self.world)
+            step(METHODS[method], terms, self.optimizer, settings, gradient=gradient)
 
     def sample(self, calls: int, round: int) -> None:
         """The first `calls` steps of sampling a batch on every rank."""
         generator = step_generator(self.seed, round, self.device)
-        shape = (self.batch_size, *self.data.images.shape[1:])
+        shape = (self.batch_size, *self.config.image_shape)
         self.world.gather(sample(self.predict, self.schedule, shape, steps=calls, eta=0.0, generator=generator))
 
 
-def literal_step(terms: Terms, optimizer: torch.optim.Optimizer, settings: unlearning.Settings) -> None:
-    """A step of SISS as the paper's code takes it: one forward pass, two backward passes over its retained graph."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def literal_gradients(terms: Terms, parameters: Gradient) -> tuple[Gradient, Gradient]:
+    """g_keep and g_forget as in the paper's code: one forward pass, two backward passes over its retained graph."""
     prediction = terms.keep.model(terms.keep.noisy, terms.keep.timesteps)
-    keep, forget = ((term.weight * squared_error(prediction, term.target)).mean() for term in (terms.keep, terms.forget))
-    g_keep = torch.autograd.grad(keep, parameters, retain_graph=True)
-    g_forget = torch.autograd.grad(forget, parameters)
-    c = unlearning.subtract(g_keep, g_forget, settings)
+    both = terms.keep, terms.forget
+    keep, forget = ((term.weight * squared_error(prediction, term.target)).mean() for term in both)
+    return torch.autograd.grad(keep, parameters, retain_graph=True), torch.autograd.grad(forget, parameters)
+
+
+def literal_step(terms: Terms, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    """A step of SISS by `literal_gradients`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    g_keep, g_forget = literal_gradients(terms, parameters)
+    c = subtract(g_keep, g_forget, settings)
     for parameter, k, f in zip(parameters, g_keep, g_forget, strict=True):
         parameter.grad = k - c * f
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    descend(optimizer, {})
 
 
-def pictures(config: UNetConfig, root: str | None) -> TrainingSet:
-    """Pictures of realistic contrast, which decides how many images matter to both terms of SISS.
+def pictures(config: UNetConfig, root: str | None) -> tuple[torch.Tensor | ImageFolder, int]:
+    """Pictures of realistic contrast, which decides how many images count in both terms of SISS; and |A|.
 
     In grey the bundled digits and T-shirt; in colour those in the folder `root`, or smooth random ones.
     """
     size = (config.image_size, config.image_size)
     if config.image_channels == 1:
         data = mnist_with_tshirt(BUNDLED)
-        return TrainingSet(resize(data.images, size, antialias=True), data.k)
+        return resize(data.images, size, antialias=True), data.k
     if root is not None:
         folder = ImageFolder(root, config.image_shape)[:128]
-        return TrainingSet(folder.with_last(folder.names[-1:]), 1)
+        return folder.with_last(folder.names[-1:]), 1
     generator = torch.Generator().manual_seed(0)
     coarse, fine = (torch.rand(128, 3, n, n, generator=generator) * 2 - 1 for n in (7, config.image_size))
     images = F.interpolate(coarse, size, mode="bilinear") + 0.1 * fine
-    return TrainingSet((images.clamp(-1, 1) * 127.5 + 127.5).byte(), 1)
+    return (images.clamp(-1, 1) * 127.5 + 127.5).byte(), 1

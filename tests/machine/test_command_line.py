@@ -66,7 +66,6 @@ FLAGS = {
     "--erasediff-eta": (["0", "1e9"], ["-1", *NUMBERS]),
     "--draw-x": (["all", "rest"], ["none"]),
     "--accumulate": (["1", "1000000000"], ["0", *INTEGERS]),
-    "--norm-every": (["1", "1000000000"], ["0", *INTEGERS]),
     "--evaluate-every": (["1", "1000000000"], ["0", *INTEGERS]),
     # of eval.py
     "RUN": (["bundled", "runs/siss-1"], ["\0"]),

@@ -5,7 +5,14 @@ import torch
 
 from minisiss.data.digits import bundled_digits, bundled_tshirt
 from minisiss.data.training_set import to_float
-from minisiss.metrics.forgetting import denoising_loss, is_copy, memory, psnr, similarity, wilson_interval
+from minisiss.metrics.forgetting import (
+    denoising_loss,
+    is_copy,
+    noise_and_denoise,
+    psnr,
+    similarity,
+    wilson_interval,
+)
 from minisiss.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
@@ -46,9 +53,9 @@ def test_a_model_that_knows_one_image_remembers_it_and_one_that_knows_another_do
         return lambda x, t: (x - column(SCHEDULE.gamma, t) * image) / column(SCHEDULE.sigma, t)
 
     draws = tshirt.expand(3, -1, -1, -1)
-    noisy, denoised = memory(knows(tshirt), SCHEDULE, draws, 500, seed=0, steps=5)
+    noisy, denoised = noise_and_denoise(knows(tshirt), SCHEDULE, draws, 500, seed=0, steps=5)
     assert denoised.shape == (3, 1, 28, 28) and torch.allclose(similarity(denoised, tshirt), torch.ones(3))
-    other_noisy, other = memory(knows(digit), SCHEDULE, draws, 500, seed=0, steps=5)
+    other_noisy, other = noise_and_denoise(knows(digit), SCHEDULE, draws, 500, seed=0, steps=5)
     assert torch.equal(noisy, other_noisy)  # the same draws for every model
     assert similarity(other, tshirt).max() < 0.8 and not is_copy(other, tshirt).any()
 

@@ -15,7 +15,7 @@ from minisiss.data.digits import bundled_digits, bundled_tshirt, held_out_digits
 from minisiss.data.training_set import to_float, to_uint8
 from minisiss.errors import UserError
 from minisiss.metrics import classifier, colour, quality
-from minisiss.report import comparison, evaluation
+from minisiss.report import comparison, evaluation, table
 from minisiss.runs import checkpoint
 from minisiss.schedule import NoiseSchedule
 from minisiss.study import train_classifier
@@ -64,7 +64,7 @@ def test_runs_are_measured_averaged_over_seeds_and_compared(measure, tmp_path):
     assert one["runs/retrained"]["to_retrained"] is None and one["runs/a"]["to_retrained"] > 0
 
     table = (out / "results.md").read_text()
-    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in said.splitlines() if len(cells := line.split("|")) > 3}
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in said.split("\n\n")[0].splitlines() if len(cells := line.split("|")) > 3}
     assert said.split("\n\n")[0].strip() in table and "held out" in table
     columns = dict(zip(rows["method"], rows["siss (lam 0.5)"], strict=True))
     nll = [one[name]["nll"] for name in ("runs/a", "runs/b")]
@@ -87,8 +87,8 @@ def test_the_runs_of_the_scripts_are_runs_and_an_evaluation_is_not(measure, scri
 
 
 def test_samples_are_drawn_once_for_a_model_and_again_for_another(measure, tmp_path, monkeypatch):
-    drawn, sample_batches = [], evaluation.sample_batches
-    monkeypatch.setattr(evaluation, "sample_batches", lambda *arguments, **options: drawn.append(1) or sample_batches(*arguments, **options))
+    drawn, draw_samples = [], evaluation.draw_samples
+    monkeypatch.setattr(evaluation, "draw_samples", lambda *arguments, **options: drawn.append(1) or draw_samples(*arguments, **options))
     directory = make_run(tmp_path / "a", 0.1, method="siss")
     measure("a")
     measure("a")
@@ -222,12 +222,12 @@ def test_quality_is_that_of_the_samples_that_are_not_the_tshirt():
 def test_the_distance_to_several_retrained_models_is_the_mean_without_itself():
     at = lambda place: (torch.tensor([place]).double(), torch.eye(1).double())  # noqa: E731
     results = [{"method": "siss"}, {"method": "retrained"}, {"method": "retrained"}]
-    comparison.add_distances(results, [at(0.0), at(1.0), at(3.0)])
+    evaluation.add_distances(results, [at(0.0), at(1.0), at(3.0)])
     assert [result["to_retrained"] for result in results] == pytest.approx([5, 4, 4])
 
 
 def test_rows_are_in_columns():
-    assert comparison.aligned([["a", "long"], ["bcd", "±1"]]) == "| a   | long |\n| --- | ---: |\n| bcd |   ±1 |"
+    assert table.aligned([["a", "long"], ["bcd", "±1"]]) == "| a   | long |\n| --- | ---: |\n| bcd |   ±1 |"
 
 
 def test_the_test_digits_are_a_hundred_of_each_class_and_none_of_the_training_digits():

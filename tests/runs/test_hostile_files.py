@@ -386,7 +386,6 @@ def broken_training(whole: Path) -> dict[str, dict[str, bytes]]:
             **{f"step {value}": changed(step=value) for value in (-1, 1.0, True, None, "1", torch.tensor(1))},
             **{f"seconds {value}": changed(seconds=value) for value in (-1.0, float("nan"), float("inf"), None, "1", torch.tensor(1.0))},
         },
-        "its c is no number": {f"c {value}": changed(c=value) for value in (1, True, "1", [1.0], torch.tensor(1.0))},
         "none of AdamW's": {
             **{f"optimizer {value}": changed(optimizer=value) for value in ({}, {"state": None}, {"state": [1]})},
             "a state of numbers": changed(optimizer={"state": {0: 1}}),
@@ -675,7 +674,7 @@ def test_samples_in_a_runs_directory_that_are_not_what_they_should_be_are_drawn_
 
     def draw() -> torch.Tensor:
         options = {"steps": 1, "eta": 0.0, "seed": 0, "precision": "fp32"}
-        return evaluation.draw_samples(found, lambda x, timesteps: x / 2, NoiseSchedule.linear(), 4, torch.Size([1, 28, 28]), **options)
+        return evaluation.kept_samples(found, lambda x, timesteps: x / 2, NoiseSchedule.linear(), 4, torch.Size([1, 28, 28]), **options)
 
     samples = draw()
     (path,) = directory.glob("samples-*.pt")

@@ -23,14 +23,13 @@ def test_it_measures_everything_and_writes_it_down(monkeypatch, tmp_path, capsys
     monkeypatch.setattr("sys.argv", ["bench", "--quick", "--device", "cpu", "--out", str(tmp_path / "bench.json")])
     assert bench.main() == 0
     results = json.loads((tmp_path / "bench.json").read_text())["presets"]["mnist-tiny"]
-    assert [row["step"] for row in results["steps"]] == ["naive_deletion", "siss literal", "siss", "siss_no_is", "erasediff", "neggrad"]
+    assert [row["step"] for row in results["steps"]] == ["naive_deletion", "siss literal", "siss", "siss, c known", "siss_no_is", "erasediff", "neggrad"]
     assert results["steps"][0]["× naive"] == 1 and 0 < results["overlap"] < 1
     assert [row["network"] for row in results["throughput"]] == ["fp32", "bf16"]
-    assert [(row["image size"], row["batch"]) for row in results["growth"]] == [(28, 1), (28, 2), (28, 4), (14, 8), (20, 8), (28, 8)]
-    rows = results["steps"] + results["throughput"] + results["growth"]
+    rows = results["steps"] + results["throughput"]
     assert all(value > 0 for row in rows for name, value in row.items() if isinstance(value, float) and name != "step MiB")
     said = capsys.readouterr().out
-    assert all(row["step"] in said for row in results["steps"]) and "siss × naive" in said
+    assert all(row["step"] in said for row in results["steps"]) and "× naive" in said
 
 
 def test_the_literal_and_the_fast_step_take_the_model_to_the_same_place(tiny):
@@ -72,12 +71,12 @@ def test_rounds_stop_when_their_time_is_up(monkeypatch):
 
 def test_colour_pictures_come_from_a_folder_or_are_made_up(tmp_path):
     config = workload.UNetConfig(**{**presets.PRESETS["celebahq"]["unet"], "image_size": 64})
-    assert workload.pictures(config, None).images.shape == (128, 3, 64, 64)
+    assert workload.pictures(config, None)[0].shape == (128, 3, 64, 64)
     with pytest.raises(errors.UserError, match="no readable picture"):
         workload.pictures(config, str(tmp_path))
     for name in ("a.png", "b.jpg"):
         Image.new("RGB", (80, 70)).save(tmp_path / name)
-    assert workload.pictures(config, str(tmp_path)).images.shape == (2, 3, 64, 64)
+    assert workload.pictures(config, str(tmp_path))[0].shape == (2, 3, 64, 64)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(monkeypatch, tmp_path):

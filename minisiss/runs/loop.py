@@ -1,0 +1,132 @@
+"""The steps of a run, as both loops share them: resuming, the bar and the log, saving, and stopping on a
+signal."""
+
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minisiss.errors import Diverged
+from minisiss.machine.ranks import World
+from minisiss.runs import checkpoint
+from minisiss.runs.directory import Metrics, new_directory, open_again, write_config
+from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet
+
+
+@dataclass
+class State:
+    """What a run is made of, and what a checkpoint of it holds."""
+
+    model: UNet  # takes the steps
+    average: UNet  # the average of its weights over the steps: what is looked at, and kept
+    optimizer: torch.optim.Optimizer
+    schedule: NoiseSchedule
+    step: int = 0  # steps taken
+    seconds: float = 0.0  # spent in them
+
+
+class Loop:
+    """The steps from where a run is to its last:
+
+        with Loop(args, "unlearn.py", state, world) as loop:
+            for step in loop:
+                ...  # draw, step, average
+                loop.stepped()
+                if loop.due(10):
+                    ...  # log, look
+
+    It saves when that is due, and after the step in which Ctrl-C or SIGTERM comes, where it ends; a second
+    Ctrl-C ends it at once. A run to resume takes up its checkpoint on entering, so that until then `state` is
+    as it was before the run. FloatingPointError inside ends the run as Diverged, which says what the last
+    good checkpoint is. Raises UserError where there can be no directory, or where the run cannot be
+    continued.
+    """
+
+    def __init__(self, args: Namespace, script: str, state: State, world: World, name: str, **made_by: Any) -> None:
+        self.args, self.script, self.state, self.world, self.made_by = args, script, state, world, made_by
+        self.name, self.signal, self.words = name, 0, {}
+        self.out = world.on_rank_0(lambda: open_again(args.resume) if args.resume else new_directory(args.out, name))
+        self.path, self.training = self.out / "model.pt", None
+        if not args.resume:
+            world.on_rank_0(lambda: write_config(self.out, args))
+        elif self.path.exists():  # a run that was killed early has none
+            self.training = checkpoint.load_training(self.path, state.model, args.steps)
+            state.step, state.seconds = self.training["step"], self.training["seconds"]
+        self.start = self.saved = state.step
+        self.metrics = Metrics(self.out, self.start, writes=world.rank == 0)
+
+    def __enter__(self) -> "Loop":
+        if self.training:
+            state, found = self.state, self.training
+            state.model.load_state_dict(found["weights"])
+            state.average.load_state_dict(found["ema"] or found["weights"])
+            state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": found["moments"]})
+        if not self.start:
+            self.save()
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.noted, steps = 0, self.args.steps
+        self.bar = tqdm(initial=self.start, total=steps, desc=self.name, unit="step")
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        """Take a signal, for the end of the step."""
+        self.noted = number
+        signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])
+
+    def __iter__(self) -> Iterator[int]:
+        while self.state.step < self.args.steps and not self.signal:
+            self.began = time.perf_counter()
+            yield self.state.step
+            if self.due(self.args.save_every) or self.signal:
+                self.save()
+            self.bar.update()
+
+    def stepped(self) -> None:
+        """The step is taken: what follows until the next is no part of its time."""
+        self.state.seconds += time.perf_counter() - self.began
+        self.state.step += 1
+        self.signal = self.world.max(self.noted)  # one rank may have got it alone
+
+    def due(self, every: int) -> bool:
+        """Whether something is due that happens every so many steps, and after the last."""
+        return self.state.step % every == 0 or self.state.step == self.args.steps
+
+    def log(self, figures: dict[str, Tensor | float], shown: tuple[str, ...] = ()) -> dict[str, float]:
+        """Write figures to metrics.jsonl, and those that are `shown` on the bar. Returns them as numbers."""
+        numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in figures.items()}
+        if self.state.step > self.start or not self.start:  # what a run resumes from is in its log already
+            self.metrics.write(step=self.state.step, seconds=self.state.seconds, **numbers)
+        self.words |= {name: f"{numbers[name]:.3g}" for name in shown if name in numbers}
+        self.bar.set_postfix(self.words)
+        return numbers
+
+    def save(self) -> None:
+        """Write model.pt, for use and for --resume."""
+        state = self.state
+        made_by = {"script": self.script, "settings": vars(self.args), "steps": state.step, "seconds": state.seconds}
+        training = {"step": state.step, "seconds": state.seconds, "optimizer": state.optimizer.state_dict()}
+        of_run = made_by | self.made_by, state.average.state_dict(), training
+        self.world.on_rank_0(lambda: checkpoint.save(self.path, state.model, state.schedule, *of_run))
+        self.saved = state.step
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, FloatingPointError):
+            kept = f"{self.path} holds step {self.saved}, the last good one"
+            raise Diverged(f"step {self.state.step + 1}: {error}; {kept}") from error
+        if self.signal and not error:
+            print(f"stopped at step {self.state.step}; continue with: python {self.script} --resume {self.out}")
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0, or what a shell expects of a program that was ended by a signal."""
+        return 128 + self.signal if self.signal else 0
