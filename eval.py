@@ -1,11 +1,12 @@
 """Measure how much was forgotten and what it cost.
 
     python eval.py --checkpoint runs/siss-1/model.pt --samples 4096     a quick look at one model
-    python eval.py bundled runs/*/                                      every metric for every run, and the comparison
+    python eval.py bundled runs/*/                                      every metric of every run, compared
     python eval.py --preset faces-64 --forget 005735.jpg runs/*/        for models of pictures in a folder
 """
 
 from argparse import Namespace
+from functools import partial
 
 from minisiss.errors import UserError
 from minisiss.machine.command_line import Parser, complain, filename, run
@@ -20,20 +21,20 @@ def main() -> int:
     from minisiss.machine.ranks import start
     from minisiss.metrics.quality import SPLITS
     from minisiss.report import comparison
-    from minisiss.report.evaluation import Evaluation, find_run, one_model
+    from minisiss.report.evaluation import Evaluation, add_distances, find_run, one_model
     from minisiss.runs.directory import new_directory, write_json
 
     if args.runs and args.samples < SPLITS:
-        raise UserError(f"--samples {args.samples}: an inception score over {SPLITS} splits needs at least {SPLITS}")
+        needs = f"an inception score over {SPLITS} splits needs at least {SPLITS}"
+        raise UserError(f"--samples {args.samples}: {needs}")
     device = pick_device(args.device)
     world = start(device)
-
-    # Which models; what is wrong with one run does not stop the others.
+    # One broken run does not stop the others. Pictures are cropped to the size of the first model.
     found, status = [] if args.runs else [one_model(args)], 0
-    shape = (1, 28, 28) if args.runs and args.data == "mnist" else None  # pictures: in the size of the first model
+    shape = (1, 28, 28) if args.runs and args.data == "mnist" else None
     for name in args.runs:
         try:
-            one = world.on_rank_0(lambda name=name, shape=shape: find_run(name, args.memory_timesteps, shape))
+            one = world.on_rank_0(partial(find_run, name, args.memory_timesteps, shape))
             if one:  # runs/*/ matches evaluations too
                 found.append(one)
                 shape = one.image_shape
@@ -51,7 +52,7 @@ def main() -> int:
         results = [evaluation.measure(one, bar.set_postfix_str) for one in bar]
     if world.rank > 0:
         return 0  # any other status, and torchrun would end rank 0 before it has written the table
-    evaluation.add_distances(results)
+    add_distances(results, evaluation.features)
     comparison.write(out, results, args.memory_timesteps, evaluation.forgotten)
     evaluation.save_samples(out / "samples.png")
     print(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -65,15 +66,15 @@ def parse_arguments() -> Namespace:
     add("runs", type=filename, nargs="*", metavar="RUN",
         help="directories of runs to measure and compare; 'bundled': the model that comes along")
     add("--checkpoint", type=filename, default="bundled",
-        help="without a RUN: the model to look at, a model.pt, the directory of a published DDPM, or 'bundled'")
+        help="without a RUN: the model to look at, a model.pt, a published DDPM's directory, or 'bundled'")
     parser.add_data("bundled")
     parser.add_sampling()
     parser.add_machine()
     add("--sscd", type=filename, metavar="FILE",
-        help="for RUNs: a copy-detection network, to compare what comes back of the forget image by; a TorchScript "
-        "file is code, take it only from whom you trust")
+        help="for RUNs: a copy-detection network, to compare what comes back of the forget image by; "
+        "a TorchScript file is code, take it only from whom you trust")
     add("--inception", type=filename, metavar="FILE",
-        help="for RUNs: an Inception network, for the FID of the samples to kept images; likewise a TorchScript file")
+        help="for RUNs: an Inception network, for the FID to kept images; likewise a TorchScript file")
     add("--out", type=filename, help="directory of this evaluation (default: runs/eval-N)")
     args = parser.parse_args()  # fmt: skip
     if args.runs and args.checkpoint != parser.get_default("checkpoint"):

@@ -8,12 +8,10 @@ import copy
 import math
 from argparse import Namespace
 
-from minisiss.errors import UserError
 from minisiss.machine.command_line import Parser, batch_size, number, positive, positive_int, run
 
-FREE_ON_RESUME = {
-    "steps", "device", "precision", "compile", "checkpoint_activations", "sample_every", "save_every", "resume", "out",
-}  # fmt: skip
+MAY_CHANGE = {
+    "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "sample_every"}
 
 
 def main() -> int:
@@ -33,47 +31,36 @@ def main() -> int:
 
     device = pick_device(args.device)
     world = start(device, args.batch_size)
-    model = untrained(args).to(device)
+    model, schedule = untrained(args).to(device), NoiseSchedule.linear().to(device)
     data = load_training_set(args, model.config.image_shape, device, world)
-    images = training_images(args, data)
-    average, schedule = copy.deepcopy(model).requires_grad_(False), NoiseSchedule.linear().to(device)
+    images = data.keep if args.exclude_forget else data.images
+    average = copy.deepcopy(model).requires_grad_(False)
     networks = world.parallel(model), average
-    predict, look = (at_precision(network, device, args.precision, args.compile) for network in networks)
+    predict, look = (at_precision(of, device, args.precision, args.compile) for of in networks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    state = State(model, average, optimizer, schedule)
 
-    with Loop(args, "train_ddpm.py", state, world, name="train") as loop:
+    size, state = args.batch_size, State(model, average, optimizer, schedule)
+    with Loop(args, "train_ddpm.py", state, world) as loop:
         for step in loop:
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
             generator = step_generator(args.seed, step, device)
-            x = draw(images, args.batch_size, generator, world)
-            timesteps = torch.randint(len(schedule), (args.batch_size,), generator=generator, device=device)
-            noise = torch.randn((args.batch_size, *images.shape[1:]), generator=generator, device=device)
+            x = draw(images, size, generator, world)
+            timesteps = torch.randint(len(schedule), (size,), generator=generator, device=device)
+            noise = torch.randn((size, *images.shape[1:]), generator=generator, device=device)
             term = epsilon_matching(predict, x, world.share(timesteps), world.share(noise), schedule)
-            loss = term.per_image().mean()
-            loss.backward()
+            (loss := term.per_image().mean()).backward()
             figures = unlearning.descend(optimizer, {"loss": world.mean(loss)})
             # A young average forgets faster, or it would carry the untrained weights for long.
             unlearning.update_average(average, model, min(args.ema, (1 + step) / (10 + step)))
             loop.stepped()
-
             if loop.due(50):
                 loop.log(figures | {"lr": rate}, shown=("loss",))
             if loop.due(args.sample_every) and world.rank == 0:
-                save_samples(loop.out / f"samples-{step + 1:06d}.png", look, schedule, images.shape, args.seed)
-    if not loop.signal:
+                path = loop.out / f"samples-{step + 1:06d}.png"
+                save_samples(path, look, schedule, images.shape, args.seed)
+    if not loop.status:
         print(f"done: {loop.path}, samples beside it; next: python eval.py --checkpoint {loop.path}")
     return loop.status
-
-
-def training_images(args: Namespace, data):
-    """X, or X∖A with --exclude-forget. Raises UserError where there is nothing to exclude, or less than a batch."""
-    if args.exclude_forget and not data.k:
-        raise UserError("--exclude-forget: name the pictures to leave out with --forget")
-    images = data.keep if args.exclude_forget else data.images
-    if args.batch_size > len(images):
-        raise UserError(f"--batch-size {args.batch_size}: there are only {len(images)} pictures")
-    return images
 
 
 def learning_rate(step: int, args: Namespace) -> float:
@@ -87,17 +74,17 @@ def parse_arguments() -> Namespace:
     parser.add_preset("data", "unet", "train")
     parser.add_data("data")
     add = parser.add_argument
-    add("--exclude-forget", action="store_true", help="train without the forget set: the gold standard of unlearning")
+    add("--exclude-forget", action="store_true", help="train without the forget set: the gold standard")
     add("--steps", type=positive_int, help="optimizer steps")
     add("--batch-size", type=batch_size, help="images a step, of all ranks together")
     add("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
     add("--warmup", type=number(int, 0, 10**9), help="steps over which the learning rate first rises")
-    add("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which are the ones that sample")
+    add("--ema", type=number(float, 0, 1), help="decay of the averaged weights, the ones that sample")
     parser.add_machine()
     add("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
     parser.add_run("train", save_every=500)
     parser.add_fields("unet", "UNetConfig")
-    return parser.parse_run(free=FREE_ON_RESUME)
+    return parser.parse_run(free=MAY_CHANGE)
 
 
 if __name__ == "__main__":

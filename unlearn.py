@@ -1,4 +1,4 @@
-"""Make a trained model forget the T-shirt and keep the digits, or forget pictures of a folder and keep the others.
+"""Make a trained model forget the T-shirt and keep the digits, or a folder's pictures and keep the others.
 
     python unlearn.py                             the bundled model, by SISS
     python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff
@@ -14,7 +14,7 @@ from functools import partial
 from minisiss.errors import UserError
 from minisiss.machine.command_line import Parser, batch_size, filename, number, positive, positive_int, run
 
-FREE_ON_RESUME = {"steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples"}
+MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples"}
 SHOWN = ("ess_keep", "ess_forget", "c")  # on the bar
 
 
@@ -31,8 +31,8 @@ def main() -> int:
     from minisiss.runs.checkpoint import load_any
     from minisiss.runs.loop import Loop, State
 
-    # Load the model and the pictures. A copy of the model takes the steps; the original becomes their average.
-    method, settings = chosen(args)
+    # Load the model and the pictures. A copy of the model takes steps; the original becomes their average.
+    method, settings = chosen(args, unlearning)
     device = pick_device(args.device)
     world = start(device, args.batch_size)
     base = load_any(args.checkpoint, args.memory_timesteps, device)
@@ -40,42 +40,35 @@ def main() -> int:
     model.checkpoint_activations = args.checkpoint_activations
     predict, look = (at_precision(of, device, args.precision, args.compile) for of in (model, average))
     data = load_training_set(args, model.config.image_shape, device, world)
-    if args.data == "pictures" and args.batch_size > len(data.keep):
-        raise UserError(f"--batch-size {args.batch_size}: there are only {len(data.keep)} pictures to keep")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    gradient = partial(gradient_in_parts, micro_batch=math.ceil(args.batch_size / args.accumulate), world=world)
-    state = State(model, average, optimizer, schedule)
+    part = math.ceil(args.batch_size / args.accumulate)
+    gradient = partial(gradient_in_parts, micro_batch=part, world=world)
 
     report = BeforeAfter(args, data, look, schedule, world)
-    loop = Loop(args, "unlearn.py", state, world, name=args.method, base=base.made_by)
+    loop = Loop(args, "unlearn.py", State(model, average, optimizer, schedule), world, base=base.made_by)
     report.draw_before()
     with loop:
         report.look(loop)
         for step in loop:
-            generator = step_generator(args.seed, step, device)
-            draw_x = args.draw_x or method.draw_x
+            generator, draw_x = step_generator(args.seed, step, device), args.draw_x or method.draw_x
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, draw_x)
             terms = method.terms(predict, batch, schedule, settings)
             figures = unlearning.step(method, terms, optimizer, settings, gradient=gradient)
             unlearning.update_average(average, model, args.ema)
             loop.stepped()
-
             if loop.due(10):
                 report.warn(loop, loop.log(figures, SHOWN))
             if loop.due(args.evaluate_every):
                 report.look(loop)
-    if not loop.signal:
-        report.finish(loop)
-    return loop.status
+    return loop.status or report.finish(loop)
 
 
-def chosen(args: Namespace) -> tuple:
+def chosen(args: Namespace, unlearning) -> tuple:
     """The method and its numbers. Raises UserError for a method that is not in the table."""
-    from minisiss.unlearning import METHODS, Settings
-
-    if args.method not in METHODS:
-        raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(METHODS)}")
-    return METHODS[args.method], Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    if args.method not in unlearning.METHODS:
+        raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
+    numbers = {field.name: getattr(args, field.name) for field in fields(unlearning.Settings)}
+    return unlearning.METHODS[args.method], unlearning.Settings(**numbers)
 
 
 def parse_arguments() -> Namespace:
@@ -83,24 +76,23 @@ def parse_arguments() -> Namespace:
     parser.add_preset("data", "unlearn")
     parser.add_data("bundled")
     add = parser.add_argument
-    add("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, or one of your own")
+    add("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, or your own")
     add("--checkpoint", type=filename, default="bundled",
         help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled'")
     parser.add_fields("unlearning", "Settings", one_of=("grad_ratio", "superfactor"))
-    add("--draw-x", choices=["all", "rest"],
-        help="draw x from X or from X∖A (default: from X for SISS, as in the theory)")
+    add("--draw-x", choices=["all", "rest"], help="draw x from X or from X∖A (default: X for SISS)")
     add("--steps", type=positive_int, help="optimizer steps")
     add("--batch-size", type=batch_size, help="images a step, of all ranks together")
     add("--accumulate", type=positive_int, default=1,
         help="parts in which a batch goes through the network: less memory, the same step")
     add("--lr", type=positive, help="learning rate of AdamW")
     add("--ema", type=number(float, 0, 1), default=0.0,
-        help="decay of the averaged weights, which are the ones that are looked at and kept; 0: the last ones")
+        help="decay of the averaged weights, which are looked at and kept; 0: the last ones")
     add("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
     parser.add_sampling()
     parser.add_machine()
     parser.add_run("METHOD", save_every=50)
-    return parser.parse_run(free=FREE_ON_RESUME)  # fmt: skip
+    return parser.parse_run(free=MAY_CHANGE)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The losses of data unlearning, as pure functions of (model, batch, schedule, …).
 
 Notation: X is the training set (n images), A ⊂ X the forget set (k images), m_t a noisy image at timestep t,
-q(m_t|x) = N(γ_t x, σ_t² I). All of them are sums of terms weight · ‖target − ε_θ(noisy image, t)‖², so a loss
-here says which noisy images, which targets and which weights; `Term` holds these, and `minisiss.unlearning`
-makes a step of them. Not here: how the terms' gradients are combined (`unlearning.step`), and where x and a
-come from (`draw_batch`). Papers: SISS is Alberti et al. (ICLR 2025); EraseDiff is Wu et al. (2024);
-ε-matching is Ho et al. (2020).
+q(m_t|x) = N(γ_t x, σ_t² I). All are sums of terms weight · ‖target − ε_θ(noisy image, t)‖², so a loss here
+says which noisy images, targets and weights; `Term` holds these. Not here: how the terms' gradients are
+combined (`unlearning.step`), and where x and a come from (`unlearning.draw_batch`). Papers: SISS is Alberti
+et al. (ICLR 2025); EraseDiff is Wu et al. (2024); ε-matching is Ho et al. (2020).
 """
 
 import math
@@ -18,10 +17,8 @@ from minisiss.schedule import Model, NoiseSchedule, per_image
 
 # An image whose weight in a term is below this adds nothing to that term's float32 gradient: it is left out.
 NEGLIGIBLE = 1e-8
-
-# Weights saturate at e^40. Only λ = 0 or 1 gets there (otherwise a weight is at most 1/λ or 1/(1−λ)), and
-# only for an m_t that its proposal never draws; a finite number keeps sums and squares of weights finite in
-# float32 there too.
+# Weights saturate at e^40. Only λ = 0 or 1 gets there (else a weight is at most 1/λ or 1/(1−λ)), for an m_t
+# that its proposal never draws; sums and squares of weights stay finite in float32 there too.
 MAX_LOG_WEIGHT = 40.0
 
 
@@ -44,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Term:
-    """weight · ‖target − ε_θ(noisy, t)‖² for each image of a batch; the network runs when `per_image` is
+    """weight · ‖target − ε_θ(noisy, t)‖² of each image of a batch; the network runs when `per_image` is
     called.
 
     noisy, target: [B, C, H, W]; timesteps, weight: [B]. The weights do not depend on the network.
@@ -58,7 +55,7 @@ class Term:
 
     @property
     def counts(self) -> Tensor:
-        """Which images count in this term, those whose weight is not negligible: [B] bool."""
+        """Which images count, those whose weight is not negligible: [B] bool."""
         return self.weight > NEGLIGIBLE
 
     def per_image(self, images: Tensor | None = None) -> Tensor:
@@ -68,8 +65,7 @@ class Term:
         return self.error(self.model(self.noisy[images], self.timesteps[images]), images)
 
     def error(self, prediction: Tensor, images: Tensor) -> Tensor:
-        """The loss of the images at these indices, from what the network made of them: [number of
-        indices]."""
+        """The same, from what the network made of these images."""
         return self.weight[images] * squared_error(prediction, self.target[images])
 
 
@@ -117,9 +113,8 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (target - prediction).pow(2).flatten(1).mean(dim=1)
 
 
-def epsilon_matching(
-    model: Model, x: Tensor, timesteps: Tensor, noise: Tensor, schedule: NoiseSchedule, weight: float = 1.0
-) -> Term:
+def epsilon_matching(model: Model, x: Tensor, timesteps: Tensor, noise: Tensor, schedule: NoiseSchedule,
+                     weight: float = 1.0) -> Term:
     """L_S = E ‖noise − ε_θ(m_t, t)‖² with m_t = γ_t x + σ_t noise and x from a set S (Ho et al. 2020, eq.
     14)."""
     weights = torch.full((len(x),), weight, dtype=x.dtype, device=x.device)
@@ -177,9 +172,8 @@ def erasediff(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
     return Terms(keep, forget=Term(model, a_t, batch.timesteps, batch.uniform, torch.ones_like(keep.weight)))
 
 
-def sample_mixture(
-    x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Tensor, sigma: Tensor, lam: float
-) -> Tensor:
+def sample_mixture(x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Tensor, sigma: Tensor,
+                   lam: float) -> Tensor:
     """m_t ~ q_λ = (1−λ) q(·|x) + λ q(·|a): m_t = γ_t · (x, or a where pick < λ) + σ_t · noise.
 
     One noise tensor and one timestep serve both components. x, a, noise: [B, C, H, W]; pick, gamma, sigma:
@@ -189,9 +183,8 @@ def sample_mixture(
     return per_image(gamma) * chosen + per_image(sigma) * noise
 
 
-def importance_weights(
-    m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Tensor, lam: float
-) -> tuple[Tensor, Tensor]:
+def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Tensor,
+                       lam: float) -> tuple[Tensor, Tensor]:
     """w_x = q(m|x)/q_λ(m|x,a) and w_a = q(m|a)/q_λ(m|x,a), so that (1−λ) w_x + λ w_a = 1.
 
     With Δ = log q(m|a) − log q(m|x) = ‖m − γx‖²/2σ² − ‖m − γa‖²/2σ²:

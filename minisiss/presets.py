@@ -33,13 +33,11 @@ PRESETS: dict[str, dict[str, dict]] = {
         "data": dict(data="pictures", data_root="celeba_hq_256"),
         "unet": dict(
             image_size=256, image_channels=3, channels=(128, 128, 256, 256, 512, 512), attention_levels=(4,),
-            downsample_padding=0,
-        ),
+            downsample_padding=0),
         "train": dict(steps=500_000, batch_size=64, lr=2e-5, warmup=5000, ema=0.9999),
         "unlearn": dict(
             checkpoint="ddpm-celebahq-256", steps=60, batch_size=64, accumulate=4, lr=5e-6, draw_x="rest",
-            evaluate_every=10, samples=64, draws=8, memory_timesteps=[250, 500],
-        ),
+            evaluate_every=10, samples=64, draws=8, memory_timesteps=[250, 500]),
         "eval": dict(checkpoint="ddpm-celebahq-256", draws=8, memory_timesteps=[250, 500]),
     },
     # A few dozen faces, few enough to memorise all of them on one CPU core in an hour. Small batches, as it
@@ -48,14 +46,12 @@ PRESETS: dict[str, dict[str, dict]] = {
     "faces-64": {
         "data": dict(data="pictures", data_root="faces"),
         "unet": RECENT | dict(
-            image_size=64, image_channels=3, channels=(32, 64, 128, 128), layers_per_block=1, attention_levels=(),
-            norm_groups=8,
-        ),
+            image_size=64, image_channels=3, channels=(32, 64, 128, 128), layers_per_block=1,
+            attention_levels=(), norm_groups=8),
         "train": dict(steps=6500, batch_size=8, lr=1e-3, warmup=100, ema=0.999),
         "unlearn": dict(
             checkpoint="runs/train-1/model.pt", steps=60, batch_size=16, lr=1e-4, ema=0.9, draw_x="rest",
-            evaluate_every=10, samples=64, draws=8, memory_timesteps=[250, 500],
-        ),
+            evaluate_every=10, samples=64, draws=8, memory_timesteps=[250, 500]),
         "eval": dict(checkpoint="runs/train-1/model.pt", draws=8, memory_timesteps=[250, 500]),
     },
     # For tests and for trying out a change: seconds, and nothing worth looking at.
@@ -63,8 +59,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unet": RECENT | dict(channels=(8, 16), layers_per_block=1, attention_levels=(), norm_groups=4),
         "train": dict(steps=20, batch_size=8, lr=1e-3, warmup=5, ema=0.9),
         "unlearn": dict(
-            steps=6, batch_size=8, lr=1e-4, ema=0.5, samples=8, sampling_steps=3, draws=2, memory_timesteps=[500],
-            evaluate_every=3,
-        ),
+            steps=6, batch_size=8, lr=1e-4, ema=0.5, samples=8, sampling_steps=3, draws=2,
+            memory_timesteps=[500], evaluate_every=3),
     },
 }  # fmt: skip

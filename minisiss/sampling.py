@@ -12,23 +12,14 @@ def timestep_sequence(first: int, steps: int) -> list[int]:
 
 
 @torch.inference_mode()
-def denoise_from(
-    model: Model,
-    schedule: NoiseSchedule,
-    noisy: Tensor,
-    timestep: int,
-    *,
-    steps: int = 50,
-    eta: float = 1.0,
-    clip: bool = True,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def denoise_from(model: Model, schedule: NoiseSchedule, noisy: Tensor, timestep: int, *, steps: int = 50,
+                 eta: float = 1.0, clip: bool = True, generator: torch.Generator | None = None) -> Tensor:
     """Draw images x_0 given their noisy state m_t at one timestep t = `timestep`.
 
     With ᾱ and ᾱ' at one timestep and at the next lower one that is visited (Song et al. 2021a, eqs. 12 and
     16):
 
-        x̂_0 = (x − √(1−ᾱ) ε_θ) / √ᾱ                                 (clipped to [−1, 1] if `clip`)
+        x̂_0 = (x − √(1−ᾱ) ε_θ) / √ᾱ                              (clipped to [−1, 1] if `clip`)
         x'  = √ᾱ' x̂_0 + √(1−ᾱ'−s²) ε + s z,   s² = η² · (1−ᾱ')/(1−ᾱ) · (1 − ᾱ/ᾱ'),   z ~ N(0, I)
 
     eta = 0 is deterministic DDIM. eta = 1 is ancestral DDPM sampling: over all T timesteps exactly Ho et
@@ -40,12 +31,12 @@ def denoise_from(
     x = noisy
     for t, following in zip(times, [*times[1:], None], strict=True):
         alpha = schedule.alphas_cumprod[t]
-        alpha_next = schedule.alphas_cumprod[following] if following is not None else torch.ones_like(alpha)
+        alpha_next = torch.ones_like(alpha) if following is None else schedule.alphas_cumprod[following]
         noise = model(x, torch.full((len(x),), t, device=x.device))
         x0 = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         if clip:
             x0 = x0.clamp(-1, 1)
-            noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()  # the noise that leads from the clipped x0 to x
+            noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()  # which leads from the clipped x0 to x
         s = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
         x = alpha_next.sqrt() * x0 + (1 - alpha_next - s**2).clamp(min=0).sqrt() * noise
         if eta > 0 and following is not None:
@@ -53,18 +44,10 @@ def denoise_from(
     return x
 
 
-def sample(
-    model: Model,
-    schedule: NoiseSchedule,
-    shape: tuple[int, int, int, int],
-    *,
-    steps: int = 50,
-    eta: float = 1.0,
-    clip: bool = True,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def sample(model: Model, schedule: NoiseSchedule, shape: tuple[int, int, int, int], *, steps: int = 50,
+           eta: float = 1.0, clip: bool = True, generator: torch.Generator | None = None) -> Tensor:
     """Draw images of the given shape [B, C, H, W] from the model: noise from N(0, I), denoised from t =
     T−1."""
-    device = schedule.gamma.device
-    noise = torch.randn(shape, generator=generator, device=device)
-    return denoise_from(model, schedule, noise, len(schedule) - 1, steps=steps, eta=eta, clip=clip, generator=generator)
+    noise = torch.randn(shape, generator=generator, device=schedule.gamma.device)
+    last = len(schedule) - 1
+    return denoise_from(model, schedule, noise, last, steps=steps, eta=eta, clip=clip, generator=generator)

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-Model = Callable[[Tensor, Tensor], Tensor]  # ε_θ: (x: [B, C, H, W], timesteps: [B] int) -> noise: [B, C, H, W]
+Model = Callable[[Tensor, Tensor], Tensor]  # ε_θ: (x: [B, C, H, W], timesteps: [B]) -> noise: [B, C, H, W]
 
 
 def per_image(values: Tensor) -> Tensor:
@@ -25,8 +25,9 @@ class NoiseSchedule:
     sigma: Tensor  # σ_t = √(1 − ᾱ_t), the standard deviation of the noise
 
     @classmethod
-    def linear(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
-        """β_t rising linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
+    def linear(
+        cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
+        """T = `timesteps`, and β_t rising linearly from start to end (Ho et al. 2020, section 4)."""
         if timesteps < 1 or not 0 < beta_start <= beta_end < 1:
             found = f"{timesteps}, {beta_start}, {beta_end}"
             raise ValueError(f"need timesteps ≥ 1 and 0 < beta_start ≤ beta_end < 1, got {found}")

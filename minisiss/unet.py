@@ -1,5 +1,4 @@
-"""The noise predictor ε_θ(x_t, t): the U-Net of Ho et al. 2020, "Denoising Diffusion Probabilistic
-Models"."""
+"""The noise predictor ε_θ(x_t, t): the U-Net of DDPM (Ho et al. 2020)."""
 
 import math
 from dataclasses import dataclass
@@ -16,24 +15,21 @@ MOST_LEVELS = 13  # which is 4096 = 2^12 pixels halved down to one
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Everything that fixes the shape of a `UNet`; the later fields are where published DDPM checkpoints
-    differ.
+    """Everything that fixes the shape of a `UNet`; the later fields are where published DDPMs differ.
 
-    Of each field: its type, the least and the most that it may be, as configs come in files that anyone may
-    have made, and what it means. Raises ValueError for values that are none, or that do not fit together.
+    Of each field: its type, the least and the most it may be, as configs come in files that anyone may have
+    made, and its meaning. Raises ValueError for values that are none, or that do not fit together.
     """
 
     image_size: Annotated[int, 1, 4096, "pixels of a side"] = 28
     image_channels: Annotated[int, 1, 4096, "1: grey, 3: colour"] = 1
-    channels: Annotated[tuple[int, ...], 1, 4096, "of each level; every level but the first halves the resolution"] = (
-        64, 128, 256,
-    )  # fmt: skip
-    layers_per_block: Annotated[int, 1, 16, "residual blocks a level on the way down; one more on the way up"] = 2
-    attention_levels: Annotated[tuple[int, ...], 0, 12, "levels with self-attention, the first level is 0"] = (1,)
-    head_channels: Annotated[int | None, 1, 4096, "channels of an attention head; by default a single head"] = None
+    channels: Annotated[tuple[int, ...], 1, 4096, "of each level, half as fine as the last"] = (64, 128, 256)
+    layers_per_block: Annotated[int, 1, 16, "residual blocks a level on the way down, one more going up"] = 2
+    attention_levels: Annotated[tuple[int, ...], 0, 12, "levels with self-attention, the first is 0"] = (1,)
+    head_channels: Annotated[int | None, 1, 4096, "of an attention head; by default there is one"] = None
     norm_groups: Annotated[int, 1, 4096, "groups of GroupNorm"] = 32
     norm_eps: Annotated[float, 1e-12, 1.0, "ε of GroupNorm"] = 1e-6
-    downsample_padding: Annotated[int, 0, 1, "1: symmetric; 0: a row below, a column to the right (Ho et al.)"] = 1
+    downsample_padding: Annotated[int, 0, 1, "1: symmetric; 0: below and to the right (Ho et al.)"] = 1
     flip_sin_to_cos: Annotated[bool, 0, True, "time embedding: 0: [sin, cos]; 1: [cos, sin]"] = False
     freq_shift: Annotated[int, 0, 1, "time embedding: frequencies 10000^(−i / (half − freq_shift))"] = 1
 
@@ -48,44 +44,38 @@ class UNetConfig:
                 raise ValueError(f"{name} must be {wanted}, got {str(value)[:80]}")
             if isinstance(value, list):  # JSON has lists and no tuples
                 object.__setattr__(self, name, tuple(value))
-        levels = len(self.channels)
-        if not levels:
-            raise ValueError("channels must be a list of at least one")
-        if any(c % self.norm_groups for c in self.channels):
-            raise ValueError(f"channels {self.channels} must be divisible by norm_groups {self.norm_groups}")
-        if self.channels[0] % 2:
-            raise ValueError(f"the first of channels {self.channels} must be even: it is the time embedding's width")
-        if any(not 0 <= level < levels for level in self.attention_levels):
-            raise ValueError(f"attention_levels {self.attention_levels} must lie in 0 … {levels - 1}")
-        with_attention = {*self.attention_levels, levels - 1}
-        if self.head_channels and any(self.channels[level] % self.head_channels for level in with_attention):
-            raise ValueError(f"head_channels {self.head_channels} must divide the channels of every level with attention")
-        if self.image_size % 2 ** (levels - 1):
-            raise ValueError(f"image_size {self.image_size} must be divisible by 2^{levels - 1} for {levels} levels")
+        channels, last = self.channels, len(self.channels) - 1
+        if last < 0 or channels[0] % 2:  # the first is the time embedding's width
+            raise ValueError(f"channels must be at least one, and the first even, got {channels}")
+        if any(c % self.norm_groups for c in channels):
+            raise ValueError(f"channels {channels} must be divisible by norm_groups {self.norm_groups}")
+        if any(level > last for level in self.attention_levels):
+            raise ValueError(f"attention_levels {self.attention_levels} must lie in 0 … {last}")
+        if any(channels[level] % (self.head_channels or 1) for level in (*self.attention_levels, last)):
+            raise ValueError(f"head_channels {self.head_channels} must divide channels with attention")
+        if self.image_size % 2**last:
+            raise ValueError(f"image_size {self.image_size} must be divisible by 2^{last}, the levels")
 
 
 def expected(name: str, value: Any) -> str | None:
-    """What a field of `UNetConfig` should be, in words, where it is not that; None where the value will
-    do."""
+    """What a field of `UNetConfig` should be, in words; None where this value will do."""
     kind, low, high, _ = get_args(get_type_hints(UNetConfig, include_extras=True)[name])
     several, optional = get_origin(kind) is tuple, type(None) in get_args(kind)
     if several and not (isinstance(value, (list, tuple)) and len(value) <= MOST_LEVELS):
         return f"a list, of at most {MOST_LEVELS}"
-    # The type too: True is no number of channels, and 3.0 no number of blocks.
-    right = [type(one) in (type(low), type(high)) and low <= one <= high for one in (value if several else [value])]
-    if all(right) or (optional and value is None):
+    types = type(low), type(high)  # True is no number of channels, and 3.0 no number of blocks
+    if all(type(one) in types and low <= one <= high for one in (value if several else [value])):
         return None
     number = "a number" if kind is float else "a list of integers" if several else "an integer"
-    pair = high - low == 1 and kind is not float
-    words = f"{low} or {high}".lower() if pair else f"{number} from {low} to {high}"
-    return f"null or {words}" if optional else words
+    words = f"{low} or {high}" if types == (int, int) and high == 1 else f"{number} from {low} to {high}"
+    return words if not optional else None if value is None else f"null or {words}"
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
     """Sinusoids of the timestep, [B] -> [B, dim] (Vaswani et al. 2017, section 3.5; dim is even)."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / (half - freq_shift))
-    angles = timesteps[:, None].float() * frequencies
+    exponents = torch.arange(half, device=timesteps.device) / (half - freq_shift)
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)
     parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=1)
 
@@ -121,10 +111,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = (
-            rearrange(project(pixels), "b n (heads d) -> b heads n d", heads=self.heads)
-            for project in (self.query, self.key, self.value)
-        )
+        projected = (project(pixels) for project in (self.query, self.key, self.value))
+        q, k, v = (rearrange(p, "b n (heads d) -> b heads n d", heads=self.heads) for p in projected)
         h = rearrange(attend(q, k, v), "b heads n d -> b n (heads d)")
         return x + rearrange(self.out(h), "b (h w) c -> b c h w", h=x.shape[2])
 
@@ -132,8 +120,8 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v, [B, heads, N, d] each."""
     if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
-        # torch's fused kernel gains nothing from bf16 on a CPU, and going back it takes twice as long as
-        # this. But this keeps [B, heads, N, N] for the way back: not for larger pictures.
+        # On a CPU torch's fused kernel gains nothing from bf16 and takes twice as long on the way back. This
+        # keeps [B, heads, N, N] for the way back: not for larger pictures.
         return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -170,17 +158,17 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        # Keep only what goes between the blocks, and compute the rest again on the way back.
-        self.checkpoint_activations = False
+        self.checkpoint_activations = False  # compute what lies inside the blocks again on the way back
         channels, levels = config.channels, range(len(config.channels))
         time_channels = 4 * channels[0]
 
-        def attention(level: int) -> nn.Module:
-            return Attention(channels[level], config) if level in config.attention_levels else nn.Identity()
+        def block(in_channels: int, level: int) -> nn.ModuleList:
+            residual = ResidualBlock(in_channels, channels[level], time_channels, config)
+            attends = level in config.attention_levels
+            return nn.ModuleList([residual, Attention(channels[level], config) if attends else nn.Identity()])
 
         self.time = nn.Sequential(
-            nn.Linear(channels[0], time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
-        )
+            nn.Linear(channels[0], time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels))
         self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
 
         # Down: every block's output, and every level's halved one, is kept for a block on the way up.
@@ -189,8 +177,7 @@ class UNet(nn.Module):
         for level in levels:
             blocks = nn.ModuleList()
             for _ in range(config.layers_per_block):
-                residual = ResidualBlock(width, channels[level], time_channels, config)
-                blocks.append(nn.ModuleList([residual, attention(level)]))
+                blocks.append(block(width, level))
                 skips.append(width := channels[level])
             last = level == levels[-1]
             if not last:
@@ -202,16 +189,14 @@ class UNet(nn.Module):
             ResidualBlock(width, width, time_channels, config),
             Attention(width, config),
             ResidualBlock(width, width, time_channels, config),
-        ])  # fmt: skip
+        ])
 
         # Up: one block more per level than on the way down, for the level's incoming skip.
         self.up = nn.ModuleList()
         for level in reversed(levels):
             blocks = nn.ModuleList()
             for _ in range(config.layers_per_block + 1):
-                joined = width + skips.pop()
-                residual = ResidualBlock(joined, channels[level], time_channels, config)
-                blocks.append(nn.ModuleList([residual, attention(level)]))
+                blocks.append(block(width + skips.pop(), level))
                 width = channels[level]
             double = Upsample(width) if level > 0 else nn.Identity()
             self.up.append(nn.ModuleDict({"blocks": blocks, "upsample": double}))

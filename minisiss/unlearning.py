@@ -1,12 +1,9 @@
-"""From loss terms to one gradient to one optimizer step.
-
-Every method's gradient has the form
+"""From loss terms to one gradient to one optimizer step. Every method's gradient has the form
 
     g = g_keep − c · g_forget
 
-with the gradients of its two terms (see `minisiss.losses`) and a coefficient c by a rule of its own. Not
-here: parts of a batch and several devices. `machine.ranks.gradient_in_parts` puts those in the place of
-`gradient`.
+with the gradients of its two terms (`minisiss.losses`) and a coefficient c by a rule of its own. Not here:
+parts of a batch and several devices; `machine.ranks.gradient_in_parts` puts those in the place of `gradient`.
 """
 
 from collections.abc import Callable
@@ -18,24 +15,20 @@ from torch import Tensor, nn
 
 from minisiss import losses
 from minisiss.losses import Batch, Difference, Term, Terms
-from minisiss.schedule import NoiseSchedule
+from minisiss.schedule import Model, NoiseSchedule
 
 Gradient = list[Tensor]  # one tensor a parameter
+MAX_NORM = 1.0  # of the gradient that is stepped along
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers that the methods take. Of each: its type, the least and the most it may be, and what it
-    means."""
+    """The numbers that the methods take. Of each: its type, the least and the most it may be, its meaning."""
 
-    lam: Annotated[float, 0, 1, "λ of the mixture: the share of noisy images made from the forget set (siss)"] = 0.5
-    grad_ratio: Annotated[
-        float, 0, None, "ρ: norm of the subtracted gradient, as a fraction of the kept one's (siss, siss_no_is)"
-    ] = 0.1
-    superfactor: Annotated[
-        float | None, 0, None, "s: subtract (1+s) times, instead of the rule by norms; 0: the theory's naive deletion"
-    ] = None
-    erasediff_eta: Annotated[float, 0, None, "η: least share of EraseDiff's forget gradient to descend on"] = 0.1
+    lam: Annotated[float, 0, 1, "λ of the mixture: the share of noisy images made from A (siss)"] = 0.5
+    grad_ratio: Annotated[float, 0, None, "ρ: norm of the subtracted gradient over the kept one's"] = 0.1
+    superfactor: Annotated[float | None, 0, None, "s: subtract (1+s) times, not by norms; 0: deletion"] = None
+    erasediff_eta: Annotated[float, 0, None, "η of EraseDiff's rule"] = 0.1
 
     @property
     def known_c(self) -> float | None:
@@ -66,7 +59,7 @@ class Method:
     settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
     draw_x: str = "all"  # the default of `draw_batch`
 
-    def terms(self, model: nn.Module, batch: Batch, schedule: NoiseSchedule, settings: Settings) -> Terms:
+    def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings) -> Terms:
         """What the loss makes of a batch."""
         return self.loss(model, batch, schedule, **{name: getattr(settings, name) for name in self.settings})
 
@@ -81,53 +74,43 @@ METHODS = {
 }
 
 
-def draw_batch(
-    data: Any, size: int, schedule: NoiseSchedule, generator: torch.Generator, draw_x: str = "all"
-) -> Batch:
+def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.Generator,
+               draw_x: str = "all") -> Batch:
     """Draw everything that one step needs.
 
-    data: the training set, with n, k and draw(part, size, generator) -> [size, C, H, W] in [−1, 1], where
-    part is "all" for X, "rest" for X∖A or "forget" for A (see `minisiss.data.training_set.TrainingSet`).
+    data: a `TrainingSet`, or what has n, k and draw(part, size, generator) -> [size, C, H, W] in [−1, 1],
+    with the parts "all" for X, "rest" for X∖A and "forget" for A.
 
     draw_x = "all" draws x ~ X: the paper's expectation, under which SISS at s = 0 is naive deletion. draw_x =
     "rest" draws x ~ X∖A, as the paper's released code does, and as naive deletion and EraseDiff need. SISS at
     s = 0 is then n/(n−k) · L_{X∖A} − k/(n−k) · L_A: it pushes away from A where naive deletion does not.
     """
     x, a = data.draw(draw_x, size, generator), data.draw("forget", size, generator)
+    kind = {"generator": generator, "device": x.device}
     return Batch(
-        x=x,
-        a=a,
-        timesteps=torch.randint(len(schedule), (size,), generator=generator, device=x.device),
-        noise=torch.randn(x.shape, generator=generator, device=x.device),
-        pick=torch.rand(size, generator=generator, device=x.device),
-        uniform=torch.rand(x.shape, generator=generator, device=x.device),
-        n=data.n,
-        k=data.k,
+        x, a,
+        timesteps=torch.randint(len(schedule), (size,), **kind),
+        noise=torch.randn(x.shape, **kind),
+        pick=torch.rand(size, **kind),
+        uniform=torch.rand(x.shape, **kind),
+        n=data.n, k=data.k,
     )
 
 
 def gradient(term: Term | Difference, parameters: Gradient) -> tuple[Tensor, Gradient]:
-    """The mean of a term over its batch, and the gradient of that: only the images that count take the
-    pass."""
-    counting = term.counts.nonzero()[:, 0]
-    if not len(counting):
-        return torch.zeros((), device=counting.device), [torch.zeros_like(p) for p in parameters]
-    loss = term.per_image(counting).sum() / len(term.counts)
+    """The mean of a term over its batch, and the gradient of that; the images that count take the pass."""
+    counts = term.counts
+    if not counts.any():
+        return torch.zeros((), device=counts.device), [torch.zeros_like(p) for p in parameters]
+    loss = term.per_image(counts.nonzero()[:, 0]).sum() / len(counts)
     return loss.detach(), list(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
 
-def step(
-    method: Method,
-    terms: Terms,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-    *,
-    gradient: Callable[[Term | Difference, Gradient], tuple[Tensor, Gradient]] = gradient,
-    max_norm: float = 1.0,
-) -> dict[str, Tensor]:
-    """One optimizer step along g = g_keep − c · g_forget, clipped to `max_norm`.
+def step(method: Method, terms: Terms, optimizer: torch.optim.Optimizer, settings: Settings, *,
+         gradient: Callable[..., tuple[Tensor, Gradient]] = gradient) -> dict[str, Tensor]:
+    """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`.
 
-    Where c is known beforehand, one pass through the network gives g; where a rule takes it from the two
+    Where c is known beforehand, one pass through the network gives g. Where a rule takes it from the two
     gradients, each term has a pass of its own, over the images that count in it. Returns the step's figures
     as scalar tensors. Raises FloatingPointError when a loss, an importance weight or a gradient is not
     finite, leaving the parameters as they were, and when a parameter is not finite after the step.
@@ -144,23 +127,21 @@ def step(
     else:
         figures["loss_keep"], g_keep = gradient(terms.keep, parameters)
         figures["loss_forget"], g_forget = gradient(terms.forget, parameters)
-        figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
         figures["c"] = c = method.rule(g_keep, g_forget, settings)
+        figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
         g = [k.sub_(c * f) for k, f in zip(g_keep, g_forget, strict=True)]  # in the memory of g_keep
     for parameter, direction in zip(parameters, g, strict=True):
         parameter.grad = direction
-    return descend(optimizer, figures, max_norm)
+    return descend(optimizer, figures)
 
 
-def descend(
-    optimizer: torch.optim.Optimizer, figures: dict[str, Tensor], max_norm: float = 1.0
-) -> dict[str, Tensor]:
-    """Clip the gradient that the parameters hold and step along it, with "norm" added to the figures.
+def descend(optimizer: torch.optim.Optimizer, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Clip the gradient that the parameters hold and step along it; adds its norm to the figures.
 
     Raises FloatingPointError as `step` does.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
     finite = torch.stack(list(figures.values())).isfinite().tolist()
     if not all(finite):
         name = list(figures)[finite.index(False)]
@@ -180,7 +161,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 def health(terms: Terms) -> dict[str, Tensor]:
     """How many images count in each term of a batch, and the share of those that count in both."""
-    figures = {f"ess_{name}": effective_sample_size(term.weight) for name, term in vars(terms).items() if term}
+    there = {name: term for name, term in vars(terms).items() if term}
+    figures = {f"ess_{name}": effective_sample_size(term.weight) for name, term in there.items()}
     if terms.keep and terms.forget:
         figures["overlap"] = (terms.keep.counts & terms.forget.counts).float().mean()
     return figures

@@ -8,8 +8,8 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, and the same everywhere
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules of the repository's root

@@ -72,7 +72,7 @@ UNLEARNING = [
     ("EraseDiff without its switch", "- agreement).clamp(min=0)", "- agreement)"),
     ("EraseDiff divides by the norm, not its square", "norm(g_forget).square().clamp", "norm(g_forget).clamp"),
     ("EraseDiff's forget term ascended", "return -(settings.erasediff_eta", "return (settings.erasediff_eta"),
-    ("the weighed images' mean instead of the batch's", ".sum() / len(term.counts)", ".mean()"),
+    ("the weighed images' mean instead of the batch's", ".sum() / len(counts)", ".mean()"),
 ]  # fmt: skip
 
 

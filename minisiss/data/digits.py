@@ -18,10 +18,9 @@ BUNDLED = "bundled"  # the --data-root that means the 10,000 digits in assets/
 def digits_and_tshirt(root: str) -> tuple[Tensor, Tensor]:
     """MNIST's training digits, [n, 1, 28, 28], and the image to forget, [1, 1, 28, 28], both uint8.
 
-    The image to forget is the first of class 0, "T-shirt/top", in Fashion-MNIST's training set. `root` holds
-    MNIST/raw and FashionMNIST/raw in torchvision's layout, and is filled from the network where it does not;
-    "bundled" stands for the 10,000 digits and the T-shirt in assets/. Raises UserError when the files are
-    neither there nor to be had.
+    That image is the first of class 0, "T-shirt/top", in Fashion-MNIST's training set. `root` holds MNIST/raw
+    and FashionMNIST/raw in torchvision's layout, and is filled from the network where it does not; "bundled"
+    stands for what is in assets/. Raises UserError when the files are neither there nor to be had.
     """
     if root == BUNDLED:
         return bundled_digits(), bundled_tshirt()
@@ -30,8 +29,7 @@ def digits_and_tshirt(root: str) -> tuple[Tensor, Tensor]:
 
 
 def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
-    """The training half of a torchvision data set, downloaded if `root` lacks it. Raises UserError if that
-    fails."""
+    """A data set's training half, downloaded if `root` lacks it. Raises UserError if that fails."""
     name = dataset.__name__
     raw = Path(root) / name / "raw"
     missing = [folder for folder in (raw, raw.parent, Path(root)) if not folder.exists()]
@@ -42,9 +40,8 @@ def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
             with suppress(OSError):
                 folder.rmdir()
         raise UserError(
-            f"--data-root {root}: no readable {name}/raw there, and downloading it failed ({error}); "
-            f"put the four {name} IDX files in {raw}, or use --data-root {BUNDLED}"
-        ) from error
+            f"--data-root {root}: no readable {name}/raw there, and downloading it failed ({error}); put the "
+            f"four {name} IDX files in {raw}, or use --data-root {BUNDLED}") from error
 
 
 def bundled_digits() -> Tensor:
@@ -52,11 +49,15 @@ def bundled_digits() -> Tensor:
     return read_sheet("digits.png")
 
 
+def bundled_tshirt() -> Tensor:
+    """The image to forget: [1, 1, 28, 28] uint8."""
+    return read_sheet("tshirt.png")
+
+
 def held_out_digits(root: str) -> Tensor:
     """MNIST's test digits, which no model was trained on: [10000, 1, 28, 28] uint8.
 
-    `root` is one that `mnist_with_tshirt` has read or filled; for "bundled", the first 100 of each class in
-    assets/.
+    `root` is one that `digits_and_tshirt` has read; "bundled" has the first 100 of each class.
     """
     return read_sheet("test-digits.png") if root == BUNDLED else MNIST(root, train=False).data[:, None]
 
@@ -65,8 +66,3 @@ def read_sheet(name: str) -> Tensor:
     """The 28×28 pictures of a sheet in assets/, row by row: [N, 1, 28, 28] uint8."""
     sheet = pil_to_tensor(Image.open(ASSETS / name))
     return rearrange(sheet, "1 (row h) (column w) -> (row column) 1 h w", h=28, w=28)
-
-
-def bundled_tshirt() -> Tensor:
-    """The image to forget: [1, 1, 28, 28] uint8."""
-    return read_sheet("tshirt.png")

@@ -1,5 +1,4 @@
-"""Training sets X = keep ∪ forget, in memory or as a folder of pictures, and the random draws made from
-them."""
+"""Training sets X = keep ∪ forget, in memory or as a folder of pictures, and the random draws from them."""
 
 import zlib
 from argparse import Namespace
@@ -17,10 +16,7 @@ from minisiss.machine.ranks import ALONE, World
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """X with its forget set A ⊂ X last: images: [n, C, H, W] uint8, of which the last `k` are A.
-
-    images is a tensor, or an `ImageFolder` that reads what is indexed.
-    """
+    """X with its forget set A ⊂ X last: images: [n, C, H, W] uint8, of which the last `k` are A."""
 
     images: Tensor | ImageFolder
     k: int
@@ -42,8 +38,7 @@ class TrainingSet:
         return self.images[self.n - self.k :]
 
     def draw(self, part: str, count: int, generator: torch.Generator) -> Tensor:
-        """`count` images drawn from a part, "all" of X, the "rest" X∖A or "forget": [count, C, H, W] in [−1,
-        1].
+        """`count` images drawn from "all" of X, the "rest" X∖A or "forget": [count, C, H, W] in [−1, 1].
 
         Each rank reads its share, and gets those of the others from them.
         """
@@ -51,8 +46,7 @@ class TrainingSet:
         return self.world.gather(draw(images, count, generator, self.world))
 
     def originals(self, count: int) -> Tensor:
-        """`count` images of A, one after the other and from the start again: [count, C, H, W] float32 in [−1,
-        1].
+        """`count` images of A in order, and from the start again: [count, C, H, W] float32 in [−1, 1].
 
         Raises UserError where A is empty.
         """
@@ -66,18 +60,25 @@ class TrainingSet:
 
 
 def load_training_set(
-    args: Namespace, image_shape: tuple[int, int, int], device: torch.device, world: World = ALONE
-) -> TrainingSet:
-    """`training_set` by a script's flags, on a device. Rank 0, which may download, goes first."""
+        args: Namespace, image_shape: tuple[int, int, int], device: torch.device,
+        world: World = ALONE) -> TrainingSet:
+    """`training_set` by a script's flags, on a device. Rank 0, which may download, goes first.
+
+    Raises UserError as well where a batch is larger than a folder, or A is to be excluded and is empty.
+    """
     found = world.rank_0_first(
-        lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable)
-    )
+        lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable))
+    kept = len(found.keep)
+    if args.data == "pictures" and getattr(args, "batch_size", 0) > kept:
+        raise UserError(f"--batch-size {args.batch_size}: there are only {kept} pictures to keep")
+    if getattr(args, "exclude_forget", False) and not found.k:
+        raise UserError("--exclude-forget: name the pictures to leave out with --forget")
     return TrainingSet(found.images.to(device), found.k, found.name, world)
 
 
 def training_set(
-    kind: str, root: str, forget: list[str], image_shape: tuple[int, int, int], skip_unreadable: bool = False
-) -> TrainingSet:
+        kind: str, root: str, forget: list[str], image_shape: tuple[int, int, int],
+        skip_unreadable: bool = False) -> TrainingSet:
     """The training set that --data, --data-root and --forget name, for a network of images [C, H, W].
 
     Raises UserError where it cannot be had, or has images of another shape.
@@ -100,8 +101,7 @@ def training_set(
 
 
 def read_names(entry: str) -> list[str]:
-    """An entry of --forget: a name, or a text file of names, one a line. Raises UserError for one with no
-    names."""
+    """The names in an entry of --forget: itself, or a .txt's lines. Raises UserError if there are none."""
     if not entry.endswith(".txt"):
         return [entry]
     try:
@@ -114,8 +114,7 @@ def read_names(entry: str) -> list[str]:
 
 
 def mnist_with_tshirt(root: str) -> TrainingSet:
-    """MNIST's training digits with one T-shirt mixed in as often as makes 1% of the digits (the paper,
-    section 5).
+    """MNIST's training digits, and one T-shirt as often as makes 1% of them (the paper, section 5).
 
     root: see `digits_and_tshirt`, which may raise UserError.
     """
@@ -135,8 +134,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def draw(images: Tensor, count: int, generator: torch.Generator, world: World = ALONE) -> Tensor:
-    """`count` images drawn uniformly with replacement, float32 in [−1, 1]; each of several ranks reads its
-    share."""
+    """This rank's share of `count` images drawn uniformly with replacement, float32 in [−1, 1]."""
     indices = torch.randint(len(images), (count,), generator=generator, device=images.device)
     return to_float(images[world.share(indices)])
 
@@ -144,7 +142,6 @@ def draw(images: Tensor, count: int, generator: torch.Generator, world: World = 
 def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:
     """The randomness of one training step, a function of (seed, step) alone.
 
-    So a run that is stopped and resumed draws what the uninterrupted run would have, with no random state to
-    store.
+    So a run that is stopped and resumed draws what it would have, with no random state to store.
     """
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{step}".encode()))

@@ -14,13 +14,11 @@ from typing import Any
 from minisiss.errors import Diverged, UserError, rank
 from minisiss.presets import PRESETS
 
-PACKAGE = Path(__file__).parent.parent
-
 
 def run(script: Callable[[], int | None]) -> None:
     """Run a script's main function and turn what the user should know into one line and an exit status."""
     if rank():  # rank 0 speaks for all
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     try:
         status = script()
@@ -28,12 +26,13 @@ def run(script: Callable[[], int | None]) -> None:
 
         leave()
         sys.exit(status)
-    except (UserError, Diverged, OSError) as error:  # a full disk, a name too long: the user's to put right too
-        let_rank_0_speak()
+    except (UserError, Diverged, OSError) as error:  # a full disk, a name too long: the user's too
+        if rank():  # nearly always rank 0 has met it as well and says it, and torchrun then ends this process
+            time.sleep(10)
         complain(error)
         sys.exit(1 if isinstance(error, Diverged) else 2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's words, on a CPU and a GPU
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's word, on CPU and GPU
             raise
         complain(UserError(f"not enough memory; try a smaller --batch-size, --draws or --samples ({error})"))
         sys.exit(2)
@@ -41,13 +40,6 @@ def run(script: Callable[[], int | None]) -> None:
         if rank() == 0:
             print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def let_rank_0_speak() -> None:
-    """On other ranks, wait before an error is said: nearly always rank 0 has met it too, says it and exits,
-    and torchrun then ends this process. If not, it is this rank's own error, and is said."""
-    if rank():
-        time.sleep(10)
 
 
 def complain(error: Exception) -> None:
@@ -69,23 +61,20 @@ def read_config(directory: str) -> dict[str, Any]:
     return config
 
 
-def number(kind: type, low: float, high: float | None = None, *, open_low: bool = False) -> Callable[[str], float]:
-    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`; without `high`,
-    finite."""
+def number(kind: type, low: float, high: float | None = None, *, open_low: bool = False) -> Callable:
+    """An argparse type: a finite int or float from low, or above it with `open_low`, to high."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        most = float("inf") if high is None else high
-        if value is None or not low <= value <= most or value == float("inf") or (open_low and value == low):
-            least = f"above {low}" if open_low else f"at least {low}"
-            wanted = least if high is None else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(
-                f"'{text}' should be {'an integer' if kind is int else 'a number'} {wanted}"
-            )
-        return value
+            value = float("nan")
+        most = sys.float_info.max if high is None else high
+        if low <= value <= most and not (open_low and value == low):
+            return value
+        span = f"above {low}" if open_low else f"at least {low}" if high is None else f"from {low} to {high}"
+        wanted = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"'{text}' should be {wanted} {span}")
 
     return parse
 
@@ -104,19 +93,18 @@ positive = number(float, 0, open_low=True)
 seed = number(int, 0, 2**63 - 1)
 
 
-def declarations(module: str, record: str) -> dict[str, tuple[str, Any, list[Any]]]:
-    """The fields of a dataclass in one of the method files: {name: (type, default, [least, most, meaning])}.
+def declarations(module: str, record: str) -> dict[str, tuple]:
+    """The fields of a dataclass in a method file: {name: (type, least, most, meaning, default)}.
 
     They are read from its source, as importing it would import torch, which takes seconds.
     """
-    classes = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")).body
-    (declared,) = (node for node in classes if isinstance(node, ast.ClassDef) and node.name == record)
+    source = ast.parse((Path(__file__).parent.parent / f"{module}.py").read_text(encoding="utf-8"))
+    (declared,) = (node for node in source.body if isinstance(node, ast.ClassDef) and node.name == record)
     fields = {}
     for field in declared.body:
         if isinstance(field, ast.AnnAssign):  # name: Annotated[type, least, most, meaning] = default
             kind, *about = field.annotation.slice.elts
-            default = ast.literal_eval(field.value)
-            fields[field.target.id] = ast.unparse(kind), default, [ast.literal_eval(one) for one in about]
+            fields[field.target.id] = ast.unparse(kind), *map(ast.literal_eval, [*about, field.value])
     return fields
 
 
@@ -139,13 +127,12 @@ class Parser(argparse.ArgumentParser):
         """Add --preset. The values of the preset's `parts` become the defaults of the flags of the same
         names."""
         self.preset_parts = parts
-        words = "the experiment: defaults for the other flags"
-        self.add_argument("--preset", choices=PRESETS, default="mnist-small", help=words)
+        self.add_argument("--preset", choices=PRESETS, default="mnist-small", help="defaults for other flags")
 
     def parse_args(self, args: None = None, namespace: None = None) -> argparse.Namespace:
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--preset", nargs="?", default=self.get_default("preset"))
-        early.add_argument("--method", nargs="?", default=self.get_default("method"))
+        for name in ("preset", "method"):
+            early.add_argument(f"--{name}", nargs="?", default=self.get_default(name))
         chosen = early.parse_known_args()[0]
         preset = PRESETS.get(chosen.preset, {})  # an unknown name is reported by the real parse
         for part in (*self.preset_parts, f"unlearn {chosen.method}"):
@@ -157,68 +144,64 @@ class Parser(argparse.ArgumentParser):
         given."""
         group = self.add_argument_group(f"{record} (minisiss/{module}.py)")
         either = self.add_mutually_exclusive_group() if one_of else group
-        for name, (kind, default, (least, most, meaning)) in declarations(module, record).items():
+        for name, (kind, least, most, meaning, default) in declarations(module, record).items():
+            many = "*" if least == 0 else "+"
             (either if name in one_of else group).add_argument(
                 f"--{name.replace('_', '-')}", type=number(float if "float" in kind else int, least, most),
-                nargs=None if "tuple" not in kind else "*" if least == 0 else "+", default=default, help=meaning,
-            )  # fmt: skip
+                nargs=many if "tuple" in kind else None, default=default, help=meaning)
 
     def add_data(self, root: str) -> None:
         add = self.add_argument
-        add("--data", choices=["mnist", "pictures"], default="mnist",
-            help="mnist: digits and a T-shirt; pictures: a folder of .jpg, .png and .webp, cropped to squares")
+        add("--data", choices=["mnist", "pictures"], default="mnist", help="digits and a T-shirt; a folder")
         add("--data-root", type=filename, default=root,
-            help="pictures: the folder; mnist: MNIST and FashionMNIST in torchvision's layout, downloaded if missing, "
-            "or 'bundled': the 10,000 digits that come along")
+            help="pictures: the folder (.jpg, .png, .webp); mnist: MNIST and FashionMNIST in torchvision's "
+                 "layout, downloaded if missing, or 'bundled': the 10,000 digits that come along")
         add("--forget", type=filename, nargs="+", default=[], metavar="NAME",
             help="pictures to forget, by their names in the folder, or text files (.txt) with a name a line")
-        add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")  # fmt: skip
+        add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
 
     def add_machine(self) -> None:
         add = self.add_argument
         add("--seed", type=seed, default=0)
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-        add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-            help="auto: bf16 where the processor has it")
-        add("--compile", action="store_true",
-            help="compile the network (torch.compile): minutes before the first step, and on a GPU faster ones")  # fmt: skip
+        add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if native")
+        add("--compile", action="store_true", help="torch.compile: minutes at first, then faster")
 
     def add_sampling(self) -> None:
-        add = self.add_argument
+        add, timestep = self.add_argument, number(int, 0, 99_999)
         add("--samples", type=number(int, 0, 10**6), default=1024, help="samples for the T-shirt rate")
         add("--sampling-steps", type=positive_int, default=25, help="network calls for one sample")
-        add("--eta", type=number(float, 0, 1), default=0.0, help="0: deterministic DDIM; 1: ancestral DDPM sampling")
-        add("--draws", type=number(int, 1, 4096), default=32,
-            help="draws for the memory of the forget image, a timestep")
-        add("--memory-timesteps", type=number(int, 0, 99_999), nargs="+", default=[300, 400, 500, 600, 700],
-            help="timesteps the forget image is noised to")  # fmt: skip
+        add("--eta", type=number(float, 0, 1), default=0.0, help="0: DDIM, deterministic; 1: ancestral DDPM")
+        add("--draws", type=number(int, 1, 4096), default=32, help="draws for the memory at each timestep")
+        add("--memory-timesteps", type=timestep, nargs="+", default=[300, 400, 500, 600, 700], metavar="T",
+            help="timesteps the forget image is noised to")
 
     def add_run(self, name: str, save_every: int) -> None:
-        self.add_argument("--save-every", type=positive_int, default=save_every, help="steps between checkpoints")
-        words = "compute what lies inside the blocks again on the way back: less memory, a third more time"
-        self.add_argument("--checkpoint-activations", action="store_true", help=words)
-        place = self.add_mutually_exclusive_group()
-        place.add_argument("--out", type=filename, help=f"directory of this run (default: runs/{name}-N)")
-        words = "continue the run in this directory, with its settings"
-        place.add_argument("--resume", type=filename, metavar="DIR", help=words)
+        add = self.add_argument
+        add("--save-every", type=positive_int, default=save_every, help="steps between checkpoints")
+        add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+        add = self.add_mutually_exclusive_group().add_argument
+        add("--out", type=filename, help=f"directory of this run (default: runs/{name}-N)")
+        add("--resume", type=filename, metavar="DIR", help="continue the run in this directory")
 
     def settings(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The values of a config.json, each held against what its flag accepts. Raises UserError for one that
-        is not."""
-        flags = {action.dest: action for action in self._actions if action.dest not in ("help", "out", "resume")}
+        """The values of a config.json, each held against what its flag accepts. Raises UserError for
+        others."""
+        flags = {flag.dest: flag for flag in self._actions if flag.dest not in ("help", "out", "resume")}
         found = {}
         for name, value in config.items():
             if name not in flags:
                 raise UserError(f"'{name[:80]}' is no setting of this script")
             flag, several = flags[name], isinstance(value, list)
-            if (value in (None, []) and value == flag.default) or (flag.nargs == 0 and isinstance(value, bool)):
+            switch = flag.nargs == 0 and isinstance(value, bool)
+            if switch or (value in (None, []) and value == flag.default):
                 found[name] = value
             elif several != (flag.nargs in ("+", "*")):
                 raise UserError(f"{name} should be {'one value' if several else 'a list'}")
             else:  # as if it had been typed, where True is 1
-                typed = [int(one) if isinstance(one, bool) else one for one in (value if several else [value])]
-                parsed = super().parse_args([flag.option_strings[0], *map(str, typed)])
-                found[name] = getattr(parsed, name)
+                values = value if several else [value]
+                typed = (str(int(one) if isinstance(one, bool) else one) for one in values)
+                found[name] = getattr(super().parse_args([flag.option_strings[0], *typed]), name)
         return found
 
     def parse_run(self, free: set[str]) -> argparse.Namespace:
@@ -238,9 +221,10 @@ class Parser(argparse.ArgumentParser):
         except UserError as error:
             raise UserError(f"{Path(args.resume) / 'config.json'}: {error}") from error
         args = super().parse_args()
-        typed, kept = json.loads(json.dumps(vars(args))), config.keys() - free
-        changed = [f"--{key.replace('_', '-')} {config[key]}" for key in config if key in kept and typed.get(key) != config[key]]
+        typed = json.loads(json.dumps(vars(args)))
+        changed = [f"--{key.replace('_', '-')} {value}" for key, value in config.items()
+                   if key not in free and typed.get(key) != value]
         if changed:
-            run = f"--resume {args.resume}: that run was started with {', '.join(changed)}"
-            raise UserError(f"{run}; leave these flags out")
+            started = f"that run was started with {', '.join(changed)}"
+            raise UserError(f"--resume {args.resume}: {started}; leave these flags out")
         return args

@@ -32,19 +32,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def at_precision(model: nn.Module, device: torch.device, precision: str, compiled: bool = False) -> Model:
-    """The network as a function that computes its convolutions in bfloat16 or float32; weights and output are
-    float32.
+    """The network as a function that computes in bfloat16 or float32; weights and output are float32.
 
-    "auto" is bf16 where the processor computes it natively (elsewhere it is emulated, and slower than
-    float32). compiled: by torch.compile, when first called; the function raises UserError where that fails.
+    "auto" is bf16 where the processor computes it natively (elsewhere it is slower than float32).
+    compiled: by torch.compile, when first called; the function raises UserError where that fails.
     """
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and not in every torch ≥ 2.4
-            native = any(getattr(torch.cpu, check, bool)() for check in checks)
-        precision = "bf16" if native else "fp32"
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    elif precision == "auto":
+        checks = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # private: not in every torch
+        precision = "bf16" if any(getattr(torch.cpu, check, bool)() for check in checks) else "fp32"
     if compiled:
         model = torch.compile(model)
 
@@ -53,7 +50,7 @@ def at_precision(model: nn.Module, device: torch.device, precision: str, compile
             return model(x, timesteps).float()
 
     def predict_compiled(x: Tensor, timesteps: Tensor) -> Tensor:
-        for tensor in (x, timesteps):  # SISS's passes have another size each step: compile for sizes, not for each
+        for tensor in (x, timesteps):  # SISS's passes have another size each step: compile for all
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
             return predict(x, timesteps)

@@ -1,10 +1,8 @@
-"""One run on several devices: `torchrun --nproc-per-node N train_ddpm.py …`, and the same for unlearn.py and
-eval.py.
+"""One run on several devices: `torchrun --nproc-per-node N train_ddpm.py …`, and so unlearn.py and eval.py.
 
-torchrun starts N processes, the ranks. Every rank runs the whole script and makes the same random draws; of a
-batch it computes its share, and gradients are added up over the ranks before anything is done with them. So N
-ranks do what one does, to rounding, and hold the same numbers throughout: what one of them decides, all
-decide. Rank 0 alone speaks (`minisiss.command_line.run` sees to that) and writes files.
+Every rank, one of the N processes, runs the whole script and makes the same random draws; of a batch it
+computes its share, and gradients are added up over the ranks before anything is done with them. So N ranks do
+what one does, to rounding, and what one of them decides, all decide. Rank 0 alone speaks and writes files.
 """
 
 import os
@@ -24,8 +22,8 @@ from minisiss.unlearning import Gradient
 
 T = TypeVar("T")
 
-# How long a rank waits for the others: more than rank 0 takes for what it does alone, a download above all.
-# When a rank fails it is torchrun that ends the others, and does not wait for this.
+# How long a rank waits for the others: longer than rank 0 takes for a download. A rank that fails needs no
+# waiting for: torchrun ends the others.
 PATIENCE = timedelta(minutes=30)
 
 
@@ -35,16 +33,14 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (it cannot change)
 
     def share(self, batch: Tensor) -> Tensor:
-        """This rank's part of a batch [B, …]: the parts follow one another, and their lengths differ by at
-        most one."""
+        """This rank's part of a batch [B, …]: they follow one another, and lengths differ by at most one."""
         return batch.tensor_split(self.size)[self.rank]
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as one whose backward pass leaves in each parameter the mean over the ranks of their
-        gradients."""
+        """The model, with a backward pass that leaves the mean over the ranks of their gradients."""
         return model if self.size == 1 else DistributedDataParallel(model)
 
     def sum_(self, tensors: list[Tensor]) -> None:
@@ -52,7 +48,8 @@ class World:
         if self.size > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
-            for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            sums = flat.split([tensor.numel() for tensor in tensors])
+            for tensor, total in zip(tensors, sums, strict=True):
                 tensor.copy_(total.view_as(tensor))
 
     def mean(self, value: Tensor) -> Tensor:
@@ -112,20 +109,19 @@ def start(device: torch.device, batch_size: int = 0) -> World:
     if size == 1:
         return ALONE
     if batch_size % size:
-        raise UserError(f"--batch-size {batch_size}: should be divisible by {size}, the number of ranks that share it")
+        raise UserError(f"--batch-size {batch_size}: should be divisible by {size}, the ranks that share it")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(rank(), size, device)
 
 
-def gradient_in_parts(
-    term: Term | Difference, parameters: Gradient, *, micro_batch: int | None = None, world: World = ALONE
-) -> tuple[Tensor, Gradient]:
+def gradient_in_parts(term: Term | Difference, parameters: Gradient, *, micro_batch: int | None = None,
+                      world: World = ALONE) -> tuple[Tensor, Gradient]:
     """`unlearning.gradient` by parts of a batch: the same to rounding.
 
-    The images that count are shared out to the ranks, as evenly for each term as can be. Each rank sends at
-    most `micro_batch` at a time through the network, and frees each pass before the next; then all add up.
+    The images that count are shared out to the ranks. Each sends at most `micro_batch` at a time through the
+    network, and frees each pass before the next; then all add up.
     """
     counts = term.counts
     images = world.share(counts.nonzero()[:, 0])

@@ -25,10 +25,8 @@ class DigitClassifier(nn.Module):
             return [convolution, *pool, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
         halve = nn.MaxPool2d(2)  # 28 → 14 → 7 → 3 pixels
-        self.body = nn.Sequential(
-            *block(1, 24, halve), *block(24, 48, halve), *block(48, 48), *block(48, 96, halve),
-            nn.Flatten(), nn.Linear(96 * 3 * 3, 128), nn.ReLU(),
-        )  # fmt: skip
+        convolutions = *block(1, 24, halve), *block(24, 48, halve), *block(48, 48), *block(48, 96, halve)
+        self.body = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(96 * 3 * 3, 128), nn.ReLU())
         self.head = nn.Linear(128, 10)
 
     def features(self, images: Tensor) -> Tensor:
@@ -62,5 +60,6 @@ def load_classifier(path: Path | str = BUNDLED_CLASSIFIER) -> tuple[DigitClassif
         if covariance.shape != (len(mean), len(mean)) or len(mean) != classifier.head.in_features:
             raise ValueError("the moments are not those of its features")
     except Exception as error:  # a damaged file can fail anywhere in torch's readers
-        raise UserError(f"{path}: no readable digit classifier; python -m minisiss.study.train_classifier makes one") from error
+        command = "python -m minisiss.study.train_classifier"
+        raise UserError(f"{path}: no readable digit classifier; {command} makes one") from error
     return classifier.eval().requires_grad_(False), (mean, covariance)

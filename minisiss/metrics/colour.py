@@ -1,5 +1,4 @@
-"""Metrics for colour images by networks that others trained, given as TorchScript files: copy similarity and
-FID.
+"""Metrics for colour images by networks that others trained, as TorchScript files: copy similarity and FID.
 
 A TorchScript file holds a program as well as weights, and loading it is running it: only from whom you trust.
 """
@@ -9,14 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor
 
 from minisiss.data.training_set import to_uint8
 from minisiss.errors import UserError
 
 SSCD = "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt"
-INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION = (
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt")
 
 
 def load_torchscript(path: str, flag: str, source: str, device: torch.device | str) -> torch.jit.ScriptModule:
@@ -26,7 +25,7 @@ def load_torchscript(path: str, flag: str, source: str, device: torch.device | s
         raise UserError(f"{flag} {path}: no such file; get it from {source}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would rather have torch.export, which these files are not made with
+            warnings.simplefilter("ignore")  # torch would rather have torch.export
             return torch.jit.load(path, map_location=device).eval()
     except Exception as error:  # a damaged file can fail anywhere in torch's readers
         raise UserError(f"{flag} {path}: not a TorchScript file; get one from {source}") from error
@@ -34,7 +33,7 @@ def load_torchscript(path: str, flag: str, source: str, device: torch.device | s
 
 def in_colour(images: Tensor) -> Tensor:
     """Grey images as red, green and blue: [B, 1 or 3, H, W] -> [B, 3, H, W]."""
-    return repeat(images, "b 1 h w -> b 3 h w") if images.shape[1] == 1 else images
+    return images.expand(-1, 3, -1, -1)
 
 
 @torch.inference_mode()
@@ -44,19 +43,17 @@ def descriptors(network: torch.jit.ScriptModule, images: Tensor, batch_size: int
     As SSCD was trained: the shorter side resized to 288 pixels, colours normalised by ImageNet's mean and
     deviation. images: [N, 1 or 3, H, W] in [−1, 1].
     """
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    size = [round(288 / min(images.shape[2:]) * side) for side in images.shape[2:]]
     vectors = []
     for batch in images.split(batch_size):
-        scale = 288 / min(batch.shape[2:])
-        size = [round(scale * side) for side in batch.shape[2:]]
-        resized = F.interpolate((in_colour(batch) + 1) / 2, size=size, mode="bilinear", antialias=True)
-        vectors.append(F.normalize(network((resized - mean) / std), dim=1))
+        pixels = F.interpolate((in_colour(batch) + 1) / 2, size=size, mode="bilinear", antialias=True)
+        vectors.append(F.normalize(network((pixels - mean) / std), dim=1))
     return torch.cat(vectors)
 
 
 def copy_similarity(network: torch.jit.ScriptModule, images: Tensor, original: Tensor) -> Tensor:
-    """Cosine similarity of the descriptors, per image: [B]. Above about 0.5 it is a copy (Somepalli et al.
-    2023).
+    """Cosine similarity of the descriptors: [B]. Above about 0.5 it is a copy (Somepalli et al. 2023).
 
     images: [B, C, H, W] and original: [1, C, H, W], both in [−1, 1].
     """

@@ -1,4 +1,4 @@
-"""How much was forgotten, and what it cost: plain functions on tensors."""
+"""How much is remembered, and how well noise is predicted: plain functions on tensors."""
 
 import math
 
@@ -13,41 +13,31 @@ from minisiss.schedule import Model, NoiseSchedule
 
 TSHIRT_DISTANCE = 10.0  # the paper's criterion for 28×28 pictures
 
+# images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1], for the next three.
+
 
 def is_copy(images: Tensor, original: Tensor, distance: float = TSHIRT_DISTANCE) -> Tensor:
     """Which images lie within an L2 distance of the original, pixels in [0, 1]: [B] bool (the paper, section
-    5).
-
-    images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1].
-    """
+    5)."""
     return ((images - original) / 2).flatten(1).norm(dim=1) < distance
 
 
 def similarity(images: Tensor, original: Tensor) -> Tensor:
-    """Cosine similarity of the pixels in [0, 1], per image: [B]. Two digits have about 0.4, a digit and
-    itself 1.
-
-    images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1].
-    """
+    """Cosine similarity of the pixels in [0, 1]: [B]. Two digits have about 0.4, a digit and itself 1."""
     return F.cosine_similarity((images + 1).flatten(1), (original + 1).flatten(1))
 
 
 def psnr(images: Tensor, original: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, per image: [B]. From about 30 dB on two pictures look the same.
-
-    images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1].
-    """
+    """Peak signal-to-noise ratio in dB: [B]. From about 30 dB on two pictures look the same."""
     return -10 * ((images - original) / 2).square().flatten(1).mean(dim=1).clamp(min=1e-10).log10()
 
 
-def noise_and_denoise(
-    model: Model, schedule: NoiseSchedule, originals: Tensor, timestep: int, seed: int, steps: int = 25
-) -> tuple[Tensor, Tensor]:
+def noise_and_denoise(model: Model, schedule: NoiseSchedule, originals: Tensor, timestep: int, seed: int,
+                      steps: int = 25) -> tuple[Tensor, Tensor]:
     """Noise images to one timestep and denoise them again: a model that remembers an image brings it back.
 
-    originals: [N, C, H, W] in [−1, 1], also one image N times. Returns the noisy and the denoised images, [N,
-    C, H, W] each; the noise is a function of the seed and the timestep, so that two models can be compared on
-    the same draws.
+    originals: [N, C, H, W] in [−1, 1], also one image N times. Returns the noisy and the denoised images,
+    [N, C, H, W] each; the noise is a function of the seed and the timestep, the same for every model.
     """
     generator = step_generator(seed, timestep, originals.device)
     noise = torch.randn(originals.shape, generator=generator, device=originals.device)
@@ -57,14 +47,13 @@ def noise_and_denoise(
 
 
 @torch.inference_mode()
-def denoising_loss(
-    model: Model, schedule: NoiseSchedule, images: Tensor, count: int, *, buckets: int = 1, seed: int = 0
-) -> list[float]:
+def denoising_loss(model: Model, schedule: NoiseSchedule, images: Tensor, count: int, *, buckets: int = 1,
+                   seed: int = 0) -> list[float]:
     """L_S on a set S of images, in `buckets` ranges of timesteps of equal length, from t = 0 upwards:
     [buckets].
 
-    A model has a smaller loss on what it was trained on than on other images alike, and the smaller, the
-    better it remembers: a view on membership, where an image that is held out is the measure.
+    A model has a smaller loss on what it was trained on than on other images alike: a view on membership,
+    where an image that is held out is the measure.
 
     images: [N, C, H, W] uint8 (a tensor or an `ImageFolder`), of which `count` are drawn, at timesteps spread
     evenly. Noise and draws are a function of the seed: sets and models are compared on the same noise.

@@ -24,19 +24,20 @@ STAGES = (
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-
 MOST_STEPS = 500  # a trained model takes about 30, one that unlearning has wrecked could take any number
 
 
-def rk45(f: Callable[[float, Tensor], Tensor], y: Tensor, t0: float, t1: float, rtol: float, atol: float) -> Tensor:
-    """Solve dy/dt = f(t, y) from t0 to t1 ≥ t0 by the adaptive Runge–Kutta method of order 5(4) of Dormand
-    and Prince.
+def rk45(f: Callable[[float, Tensor], Tensor], y: Tensor, t0: float, t1: float, rtol: float,
+         atol: float) -> Tensor:
+    """Solve dy/dt = f(t, y) from t0 to t1 ≥ t0 by the adaptive Runge–Kutta method of Dormand and Prince.
 
     The estimated error of a step, over atol + rtol · |y|, stays below 1 in its root mean square over all of y
     (Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", section II.4). Raises
-    ArithmeticError after `MOST_STEPS` steps, and when the step shrinks to nothing, which it does where f is
-    not finite.
+    ArithmeticError after `MOST_STEPS` steps, and when the step shrinks to nothing, as where f is not finite.
     """
+
+    def combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+        return h * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
 
     def size(value: Tensor, *states: Tensor) -> float:
         scale = atol + rtol * torch.stack(states).abs().amax(dim=0)
@@ -53,16 +54,17 @@ def rk45(f: Callable[[float, Tensor], Tensor], y: Tensor, t0: float, t1: float, 
             break
         k = [k1]
         for c, a in zip(NODES, STAGES, strict=True):
-            y_next = y + h * sum(weight * slope for weight, slope in zip(a, k, strict=True))
+            y_next = y + combine(a, k)
             k.append(f(t + c * h, y_next))
-        error = size(h * sum(weight * slope for weight, slope in zip(ERROR, k, strict=True)), y, y_next)
+        error = size(combine(ERROR, k), y, y_next)
         if error <= 1:
             t, y, k1 = t1 if h == left else t + h, y_next, k[-1]  # the last slope is the next step's first
         h *= min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2))  # 0.2 too where the error is NaN
     raise ArithmeticError(f"the ODE could not be solved past t = {t:g}")
 
 
-def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor, *, tolerance: float = 1e-4) -> Tensor:
+def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor, *,
+                tolerance: float = 1e-4) -> Tensor:
     """Estimate log p(x) in nats under the model: [B], unbiased over probes of mean 0 and covariance I.
 
     The VP process dm = −½ β(t) m dt + √β(t) dw is, in the time u = ∫ β dt = −log ᾱ, the same for every β, and
@@ -72,15 +74,13 @@ def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor
 
         log p(x) = log N(m(u_T−1); 0, I) + ∫ ∇·(dm/du) du,   m(u_0) = x                        (eq. 39)
 
-    with the divergence estimated as vᵀ J v for a probe v, of ±1 (Hutchinson 1990; eq. 40). A DDPM knows only
-    T values of u. Between them log ᾱ is taken as linear in the timestep, which becomes a real number, τ: so
-    ε_θ always sees the noise level that belongs to its timestep. u runs from −log ᾱ_0 to −log ᾱ_{T−1}, no
-    further than was trained: p is the density of images with the noise of t = 0, σ_0 = √β_0 (0.01: a grey
-    level and a quarter of 8-bit pixels).
+    with the divergence estimated as vᵀ J v for a probe v (Hutchinson 1990; eq. 40). Between the T values of u
+    that a DDPM knows, log ᾱ is linear in the timestep, which becomes a real number, τ. u runs no further than
+    was trained: p is the density of images with the noise of t = 0, σ_0 = √β_0 (a grey level and a quarter).
 
-    x, probes: [B, C, H, W]; `model` must accept real timesteps and be differentiable in x: no inference mode,
-    and float32. The default tolerance of the solver is worth 1e-3 bits per dimension. Raises ArithmeticError
-    where the ODE could not be solved, as when the model's output is not finite.
+    x, probes: [B, C, H, W]; `model` must accept real timesteps and be differentiable in x, in float32. The
+    default tolerance is worth 1e-3 bits per dimension. Raises ArithmeticError where the ODE could not be
+    solved.
     """
     u = -torch.log1p(-schedule.betas.double()).cumsum(0).cpu().numpy()
     d = x[0].numel()
@@ -101,27 +101,24 @@ def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor
     return log_prior + state[:, d]
 
 
-def bits_per_dimension(
-    model: Model, schedule: NoiseSchedule, image: Tensor, *, probes: int = 8, seed: int = 0
-) -> tuple[float, float]:
+def bits_per_dimension(model: Model, schedule: NoiseSchedule, image: Tensor, *, probes: int = 8,
+                       seed: int = 0) -> tuple[float, float]:
     """Negative log-likelihood of one image in bits per dimension, and the standard error that its probes
     leave.
 
         −log2 p(x) / d + 7        with d = C·H·W
 
-    The 7 turns the density on [−1, 1] into that of 8-bit pixels, one unit a grey level: 256 levels in a range
-    of 2 make a level 2/256 = 2^−7 wide (as in Song et al.'s published code). The image is taken as it is,
-    without dequantization.
+    The 7 turns the density on [−1, 1] into that of 8-bit pixels: 256 levels in a range of 2 make a level 2^−7
+    wide (as in Song et al.'s published code). The image is taken as it is, without dequantization.
 
-    image: [1, C, H, W] in [−1, 1]. The probes, a function of the seed, are one batch, and the solver takes it
-    through the network and back some 160 times. Raises ValueError for fewer than 2 probes, and
-    ArithmeticError as `log_density`.
+    image: [1, C, H, W] in [−1, 1]. The probes, of ±1, are a function of the seed. Raises ValueError for fewer
+    than 2 probes, and ArithmeticError as `log_density`.
     """
     if probes < 2:
         raise ValueError(f"a standard error needs at least 2 probes, got {probes}")
     generator = torch.Generator(image.device).manual_seed(seed)
     shape = (probes, *image.shape[1:])
-    signs = torch.randint(2, shape, generator=generator, device=image.device).to(image.dtype) * 2 - 1  # Rademacher
+    signs = torch.randint(2, shape, generator=generator, device=image.device).to(image.dtype) * 2 - 1
     log_p = log_density(model, schedule, image.expand(shape), signs)
     bits = -log_p / (math.log(2) * image[0].numel()) + 7
     return bits.mean().item(), bits.std().item() / math.sqrt(probes)

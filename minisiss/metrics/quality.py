@@ -18,7 +18,7 @@ def inception_score(probabilities: Tensor, splits: int = SPLITS) -> tuple[float,
     as equal in size as can be. Raises ValueError when N < splits.
     """
     if not 1 <= splits <= len(probabilities):
-        raise ValueError(f"an inception score over {splits} splits needs at least {splits} images, got {len(probabilities)}")
+        raise ValueError(f"an inception score over {splits} splits needs images, got {len(probabilities)}")
     scores = []
     for p in probabilities.double().tensor_split(splits):
         marginal = p.mean(dim=0)  # p(y)
@@ -39,13 +39,13 @@ def moments(features: Tensor) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) between two sets of features (Heusel et al. 2017, eq. 6).
 
-    The squared 2-Wasserstein distance of the Gaussians with these means and covariances. Σ_a Σ_b has the
-    eigenvalues of the symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of theirs. Computed in
-    float64. Raises ValueError when the two have different numbers of features.
+    The squared 2-Wasserstein distance of the Gaussians with these moments. Σ_a Σ_b has the eigenvalues of the
+    symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of theirs. In float64.
+    Raises ValueError when the two have different numbers of features.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
     if mean_a.shape != mean_b.shape:
-        raise ValueError(f"a Fréchet distance needs two sets of the same features, got {len(mean_a)} and {len(mean_b)}")
+        raise ValueError(f"a Fréchet distance needs the same features, got {len(mean_a)} and {len(mean_b)}")
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # Σ_a^½
     # Rounding turns eigenvalues of 0 into small negative ones.

@@ -10,25 +10,24 @@ from minisiss.machine.ranks import ALONE, World
 from minisiss.schedule import Model, NoiseSchedule
 
 
-def draw_samples(
-    model: Model, schedule: NoiseSchedule, count: int, image_shape: tuple[int, int, int], *,
-    seed: int, steps: int, eta: float, batch_size: int = 64, world: World = ALONE, title: str = "sampling",
-) -> Tensor:  # fmt: skip
+def draw_samples(model: Model, schedule: NoiseSchedule, count: int, image_shape: tuple[int, int, int], *,
+                 seed: int, steps: int, eta: float, batch_size: int = 64, world: World = ALONE,
+                 title: str = "sampling") -> Tensor:
     """Draw `count` images in batches, each from noise that is a function of the seed and the batch's place.
 
     The ranks take turns at the batches, and all get all of them, in order. Returns [count, C, H, W] uint8, on
-    the CPU.
+    CPU.
     """
     device = schedule.gamma.device
     drawn = [torch.zeros(0, *image_shape, dtype=torch.uint8)]
     with tqdm(total=count, desc=title, unit="image") as bar:
         for first in range(0, count, batch_size * world.size):
             begin = first + batch_size * world.rank
-            images = torch.zeros(batch_size, *image_shape, device=device)  # of one size on all ranks, to the end
+            images = torch.zeros(batch_size, *image_shape, device=device)  # of one size on all ranks
             if (size := min(batch_size, count - begin)) > 0:
-                generator = step_generator(seed, begin // batch_size, device)
-                shape = (size, *image_shape)
-                images[:size] = sampling.sample(model, schedule, shape, steps=steps, eta=eta, generator=generator)
+                shape, generator = (size, *image_shape), step_generator(seed, begin // batch_size, device)
+                drawing = sampling.sample(model, schedule, shape, steps=steps, eta=eta, generator=generator)
+                images[:size] = drawing
             drawn.append(to_uint8(world.gather(images)[: count - first]).cpu())
             bar.update(len(drawn[-1]))
     return torch.cat(drawn)

@@ -1,4 +1,4 @@
-"""Measuring one run: which model it is, its samples, and what each metric says about it, as entries of its results."""
+"""Measuring one run: which model it is, its samples, and its results, what each metric says about it."""
 
 import hashlib
 import json
@@ -49,14 +49,15 @@ class Run:
 
     @property
     def method(self) -> str:
-        return self.settings.get("method") or ("retrained" if self.settings["exclude_forget"] else "pretrained")
+        found = self.settings
+        return found.get("method") or ("retrained" if found["exclude_forget"] else "pretrained")
 
 
 def one_model(args: Namespace) -> Run:
     """The model of --checkpoint, which need not say how it was made."""
-    found = load_any(args.checkpoint, args.memory_timesteps, torch.device("cpu"))
-    shape, settings = found.model.config.image_shape, {"method": args.checkpoint}
-    return Run(args.checkpoint, None, shape, args.checkpoint, "", settings, None, None)
+    name = args.checkpoint
+    shape = load_any(name, args.memory_timesteps, torch.device("cpu")).model.config.image_shape
+    return Run(name, None, shape, name, "", {"method": name}, None, None)
 
 
 def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] | None = None) -> Run | None:
@@ -66,26 +67,25 @@ def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] 
     """
     if name == BUNDLED:
         # A hidden directory: runs/*/ does not match it, and the package's own may be read-only.
-        directory, checkpoint, path = Path("runs/.bundled"), BUNDLED, ASSETS / "mnist-small.pt"
+        directory, path = Path("runs/.bundled"), ASSETS / "mnist-small.pt"
     else:
-        directory = Path(name)
+        directory, path = Path(name), Path(name) / "model.pt"
         if "runs" in read_config(name):
             return None
-        path = directory / "model.pt"
-        checkpoint = str(path)
         if not path.exists():
             raise UserError(f"{name}: the run was cut short, it has no model.pt")
-    found = load_any(checkpoint, timesteps, torch.device("cpu"))
+    found = load_any(str(path), timesteps, torch.device("cpu"))
     made_by, shape = found.made_by, found.model.config.image_shape
     if image_shape and shape != image_shape:
         makes, wanted = ("×".join(map(str, sides)) for sides in (shape, image_shape))
         raise UserError(f"{name}: makes pictures of {makes}, the others and the data have {wanted}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        of = made_by["settings"], made_by["steps"], made_by["seconds"]
-        run = Run(name.rstrip("/"), directory, shape, checkpoint, digest, *of)
-        total, script, numbers = run.settings["steps"], made_by["script"], (int, float)
-        if not (type(run.steps) is type(total) is int and type(run.seconds) in numbers and type(run.method) is str):
+        script, *origin = (made_by[key] for key in ("script", "settings", "steps", "seconds"))
+        run = Run(name.rstrip("/"), directory, shape, str(path), digest, *origin)
+        total = run.settings["steps"]
+        kinds = type(total), type(run.steps), type(run.method)
+        if kinds != (int, int, str) or type(run.seconds) not in (int, float):
             raise TypeError
     except (KeyError, TypeError, AttributeError) as error:
         what = "does not say how it was made; it is not from train_ddpm.py or unlearn.py"
@@ -97,26 +97,27 @@ def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] 
 
 
 class Evaluation:
-    """What the runs of an evaluation are all measured by. A look at one model takes less than a comparison of runs.
+    """What all runs are measured by. A look at one model takes less than a comparison of runs.
 
     Raises UserError, before anything is measured, for data or networks that are not there.
     """
 
-    def __init__(self, args: Namespace, image_shape: tuple[int, int, int], device: torch.device, world: World) -> None:
+    def __init__(self, args: Namespace, image_shape: tuple[int, int, int], device: torch.device,
+                 world: World) -> None:
         self.args, self.shape, self.device, self.world = args, image_shape, device, world
-        self.thorough, self.middle = bool(args.runs), sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
-        self.sscd = args.sscd and colour.load_torchscript(args.sscd, "--sscd", colour.SSCD, device)
-        self.inception = args.inception and colour.load_torchscript(
-            args.inception, "--inception", colour.INCEPTION, device
-        )
+        self.thorough, self.mnist = bool(args.runs), args.data == "mnist"
+        load = colour.load_torchscript
+        self.sscd = args.sscd and load(args.sscd, "--sscd", colour.SSCD, device)
+        self.inception = args.inception and load(args.inception, "--inception", colour.INCEPTION, device)
         data = load_training_set(args, image_shape, device, world)
-        self.forgotten = data.name
-        self.originals, self.sets = data.originals(args.draws), {"forget set": data.forget, "kept": data.keep}
-        self.classifier, self.kept = None, None if args.data == "mnist" else data.kept()
-        if args.data == "mnist" and self.thorough:
+        self.forgotten, self.originals = data.name, data.originals(args.draws)
+        self.sets = {"forget set": data.forget, "kept": data.keep}
+        self.remembered = {"memory": self.originals} | ({} if self.mnist else {"kept_memory": data.kept()})
+        self.classifier = None
+        if self.mnist and self.thorough:
             self.sets["held out"] = held_out_digits(args.data_root).to(device)
-            self.classifier, self.real = classifier.load_classifier()
-            self.classifier = self.classifier.to(device)
+            network, self.real = classifier.load_classifier()
+            self.classifier = network.to(device)
         if self.inception:
             real = draw(data.keep, args.samples, step_generator(args.seed, 0, device))
             self.kept_moments = moments(colour.inception_features(self.inception, real))
@@ -131,13 +132,14 @@ class Evaluation:
 
         say(f"{run.name}: samples")
         samples = kept_samples(
-            run, predict, base.schedule, args.samples, self.shape,
-            steps=args.sampling_steps, eta=args.eta, seed=args.seed, precision=args.precision, world=self.world,
-        )  # fmt: skip
+            run, predict, base.schedule, args.samples, self.shape, steps=args.sampling_steps, eta=args.eta,
+            seed=args.seed, precision=args.precision, world=self.world)
         self.first = samples[:256]
-        if args.data == "mnist" and args.samples:
+        if self.mnist and args.samples:
             copies = forgetting.is_copy(samples, self.originals[:1])
-            result |= tshirts(copies)
+            found, count = int(copies.sum()), len(copies)
+            result |= {"samples": count, "tshirts": found, "tshirt_rate": found / count,
+                       "tshirt_rate_95": list(forgetting.wilson_interval(found, count))}
         if self.classifier:
             features, probabilities = (part.cpu() for part in classifier.classify(self.classifier, samples))
             result |= quality(features, probabilities, copies.cpu(), self.real)
@@ -147,26 +149,23 @@ class Evaluation:
             result["fid"] = frechet_distance(seen, self.kept_moments)
 
         say(f"{run.name}: memory")
+        middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
         for t in tqdm(args.memory_timesteps, desc="noise and denoise", unit="timestep", leave=False):
-            _, back = forgetting.noise_and_denoise(predict, base.schedule, self.originals, t, args.seed)
-            result[f"memory_{t}"] = memory(back, self.originals, self.classifier)
-            if self.sscd and t == self.middle:
-                result["copy_similarity"] = colour.copy_similarity(self.sscd, back, self.originals).mean().item()
-            if self.kept is not None:
-                _, back = forgetting.noise_and_denoise(predict, base.schedule, self.kept, t, args.seed)
-                result[f"kept_memory_{t}"] = memory(back, self.kept)
-
+            for name, images in self.remembered.items():
+                _, back = forgetting.noise_and_denoise(predict, base.schedule, images, t, args.seed)
+                result[f"{name}_{t}"] = memory(back, images, self.classifier)
+                if self.sscd and t == middle and name == "memory":
+                    alike = colour.copy_similarity(self.sscd, back, images)
+                    result["copy_similarity"] = alike.mean().item()
         if self.thorough:
             say(f"{run.name}: likelihood")
             result |= likelihood(base.model, base.schedule, self.originals[:1], args.seed)
             say(f"{run.name}: losses")
-            result |= losses(predict, base.schedule, self.sets, args.seed)
+            result["losses"] = {
+                name: forgetting.denoising_loss(
+                    predict, base.schedule, images, LOSS_IMAGES, buckets=LOSS_BUCKETS, seed=args.seed)
+                for name, images in self.sets.items()}
         return result | {"settings": run.settings}
-
-    def add_distances(self, results: list[Results]) -> None:
-        """Add to each run's results the distance of its samples to the retrained model's, where there are digits."""
-        if self.features:
-            add_distances(results, self.features)
 
     def save_samples(self, path: Path) -> None:
         """A picture of the first samples of a look at one model."""
@@ -174,25 +173,22 @@ class Evaluation:
             save_image(self.first, path, nrow=16, normalize=True, value_range=(-1, 1))
 
 
-def kept_samples(
-    run: Run, model: Model, schedule: NoiseSchedule, count: int, image_shape: tuple[int, int, int], *,
-    steps: int, eta: float, seed: int, precision: str, world: World = ALONE,
-) -> Tensor:  # fmt: skip
+def kept_samples(run: Run, model: Model, schedule: NoiseSchedule, count: int,
+                 image_shape: tuple[int, int, int], *, steps: int, eta: float, seed: int, precision: str,
+                 world: World = ALONE) -> Tensor:
     """Samples of a run's model: [count, C, H, W] in [−1, 1], from the run's directory if they are there.
 
-    The file's name is a digest of the checkpoint's content and of everything else that makes the samples what they
-    are, so that a model that has changed does not meet the samples of the old one.
+    The file's name is a digest of all that the samples depend on, the content of the checkpoint included.
     """
     device = schedule.gamma.device
     made_by = json.dumps([run.digest, count, *image_shape, steps, eta, seed, precision, device.type])
     path = run.directory and run.directory / f"samples-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.pt"
     try:
         samples = read_tensors(path)
-        if (samples.shape, samples.dtype) != ((count, *image_shape), torch.uint8):
-            samples = None
+        there = (samples.shape, samples.dtype) == ((count, *image_shape), torch.uint8)
     except Exception:  # not there, or damaged: a file can fail anywhere in torch's readers
-        samples = None
-    if world.max(samples is None):  # all ranks draw as soon as one of them has to
+        there = False
+    if world.max(not there):  # all ranks draw as soon as one of them has to
         how = dict(seed=seed, steps=steps, eta=eta, world=world, title=f"{run.name}: sampling")
         samples = draw_samples(model, schedule, count, image_shape, **how)
 
@@ -205,23 +201,16 @@ def kept_samples(
     return to_float(samples.to(device))
 
 
-def tshirts(copies: Tensor) -> Results:
-    """How many samples are the T-shirt, from the decisions about each: [N] bool."""
-    found, count = int(copies.sum()), len(copies)
-    interval = list(forgetting.wilson_interval(found, count))
-    return {"samples": count, "tshirts": found, "tshirt_rate": found / count, "tshirt_rate_95": interval}
-
-
 def memory(denoised: Tensor, originals: Tensor, network: classifier.DigitClassifier | None = None) -> Results:
-    """How alike images that were noised and denoised are to what they were: in pixels, and in a classifier's features.
+    """How alike denoised images are to their originals, in pixels and in a classifier's features.
 
-    denoised: [N, C, H, W] and originals: [1 or N, C, H, W], both in [−1, 1]. "comes_back", the share within the
-    T-shirt's criterion, only for pictures of the size that it was made for.
+    denoised: [N, C, H, W] and originals: [1 or N, C, H, W], both in [−1, 1]. "comes_back", the share within
+    the T-shirt's criterion, only for pictures of the size that it was made for.
     """
     measures = {"similarity": forgetting.similarity, "psnr": forgetting.psnr}
-    found = {name: measure(denoised, originals).mean().item() for name, measure in measures.items()}
     if denoised.shape[1:] == (1, 28, 28):
-        found["comes_back"] = forgetting.is_copy(denoised, originals).float().mean().item()
+        measures["comes_back"] = forgetting.is_copy
+    found = {name: measure(denoised, originals).float().mean().item() for name, measure in measures.items()}
     if network:
         features, original = (classifier.classify(network, images)[0] for images in (denoised, originals))
         found["feature_similarity"] = F.cosine_similarity(features, original).mean().item()
@@ -231,13 +220,12 @@ def memory(denoised: Tensor, originals: Tensor, network: classifier.DigitClassif
 def quality(features: Tensor, probabilities: Tensor, copies: Tensor, real: Moments) -> Results:
     """Inception score and Fréchet distance to real digits, of the samples that are not the T-shirt.
 
-    features: [N, D]; probabilities: [N, 10]; copies: [N] bool. None where fewer are left than an inception score
-    needs.
+    features: [N, D]; probabilities: [N, 10]; copies: [N] bool. None where fewer than `SPLITS` are left.
     """
-    features, probabilities = features[~copies], probabilities[~copies]
-    enough = len(features) >= SPLITS
-    score, std = inception_score(probabilities) if enough else (None, None)
-    distance = frechet_distance(moments(features), real) if enough else None
+    score, std, distance, kept = None, None, None, ~copies
+    if kept.sum() >= SPLITS:
+        score, std = inception_score(probabilities[kept])
+        distance = frechet_distance(moments(features[kept]), real)
     left_out = int(copies.sum())
     return {"left_out": left_out, "inception_score": score, "inception_score_std": std, "frechet": distance}
 
@@ -251,23 +239,13 @@ def likelihood(model: UNet, schedule: NoiseSchedule, image: Tensor, seed: int) -
     return {"nll": bits, "nll_error": error}
 
 
-def losses(predict: Model, schedule: NoiseSchedule, sets: dict[str, Tensor], seed: int) -> Results:
-    """The denoising loss of sets of images, [N, C, H, W] uint8 each (or folders), by range of timesteps."""
-    return {
-        "losses": {
-            name: forgetting.denoising_loss(predict, schedule, images, LOSS_IMAGES, buckets=LOSS_BUCKETS, seed=seed)
-            for name, images in sets.items()
-        }
-    }
-
-
 def add_distances(results: list[Results], features: list[Moments]) -> None:
-    """Add to each run's results the Fréchet distance of its samples to those of the retrained model, "to_retrained".
+    """Add the Fréchet distance of each run's samples to those of the retrained model, "to_retrained".
 
-    features: the moments of each run's samples, T-shirts included. With several retrained models it is the mean
-    distance to them, for one of them to the others; None where there is no (other) retrained model.
+    features: the moments of each run's samples, T-shirts included; without digits none, and nothing is added.
+    The mean over several retrained models, of one of them over the others; None without an(other) one.
     """
     retrained = [place for place, result in enumerate(results) if result["method"] == "retrained"]
-    for place, result in enumerate(results):
-        distances = [frechet_distance(features[place], features[other]) for other in retrained if other != place]
+    for place, (result, own) in enumerate(zip(results, features, strict=False)):
+        distances = [frechet_distance(own, features[other]) for other in retrained if other != place]
         result["to_retrained"] = statistics.mean(distances) if distances else None

@@ -1,6 +1,5 @@
 """What unlearn.py shows: samples and memory before and after, and what is remembered in between."""
 
-import itertools
 from argparse import Namespace
 
 import torch
@@ -23,7 +22,8 @@ FEW = 2.0  # effective images: with fewer, hardly one image of a batch counts
 class BeforeAfter:
     """A model before and after unlearning, and looks at it in between. Raises UserError where A is empty."""
 
-    def __init__(self, args: Namespace, data: TrainingSet, model: Model, schedule: NoiseSchedule, world: World) -> None:
+    def __init__(self, args: Namespace, data: TrainingSet, model: Model, schedule: NoiseSchedule,
+                 world: World) -> None:
         self.args, self.data, self.model, self.schedule, self.world = args, data, model, schedule, world
         self.forgotten, self.mnist, self.warned = data.originals(args.draws), args.data == "mnist", False
         self.sets = {data.name: self.forgotten}
@@ -34,44 +34,36 @@ class BeforeAfter:
 
     def draw_before(self) -> None:
         """Draw samples, and what is remembered, from the model as it is now."""
-        self.before = self.samples("before"), self.memories("before")
+        self.before = self.draw("before")
 
-    def samples(self, when: str) -> Tensor:
-        """Samples from the same noise at every call: [samples, C, H, W] in [−1, 1]."""
-        args, shape = self.args, tuple(self.forgotten.shape[1:])
-        drawn = draw_samples(
-            self.model, self.schedule, args.samples, shape, seed=args.seed, steps=args.sampling_steps, eta=args.eta,
-            world=self.world, title=f"sampling {when}",
-        )  # fmt: skip
-        return to_float(drawn)
+    def draw(self, when: str) -> tuple[Tensor, dict[str, Memories]]:
+        """Samples [N, C, H, W] in [−1, 1], and what comes back of each set; the same noise each time."""
+        args = self.args
+        samples = draw_samples(
+            self.model, self.schedule, args.samples, tuple(self.forgotten.shape[1:]), seed=args.seed,
+            steps=args.sampling_steps, eta=args.eta, world=self.world, title=f"sampling {when}")
+        memories = {name: {} for name in self.sets}
+        for name, originals in self.sets.items():
+            for t in tqdm(args.memory_timesteps, desc=f"{name} {when}", unit="timestep", leave=False):
+                memories[name][t] = self.recall(originals, t)
+        return to_float(samples), memories
 
     def recall(self, originals: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         """Images noised to a timestep, and what the model makes of them."""
         return forgetting.noise_and_denoise(self.model, self.schedule, originals, timestep, self.args.seed)
 
-    def memories(self, when: str) -> dict[str, Memories]:
-        """What comes back of each set of images at each timestep."""
-        return {
-            name: {
-                t: self.recall(originals, t)
-                for t in tqdm(self.args.memory_timesteps, desc=f"{name} {when}", unit="timestep", leave=False)
-            }
-            for name, originals in self.sets.items()
-        }
-
     def look(self, loop: Loop) -> None:
-        """Log what is remembered, by the forget set noised to the middle timestep, and how well noise is predicted."""
-        first = loop.state.step == 0
-        _, back = self.before[1][self.data.name][self.middle] if first else self.recall(self.forgotten, self.middle)
+        """Log what comes back of the forget set at the middle timestep, and how well noise is predicted."""
+        step, name = loop.state.step, self.data.name
+        _, back = self.recall(self.forgotten, self.middle) if step else self.before[1][name][self.middle]
         memory = forgetting.similarity(back, self.forgotten).mean()
-        (kept,), (forget,) = (
-            forgetting.denoising_loss(self.model, self.schedule, images, LOOK_IMAGES)
-            for images in (self.data.keep, self.data.forget)
-        )
-        figures = {"memory": memory, "memory_timestep": self.middle, "loss_on_kept": kept, "loss_on_forget": forget}
+        figures = {"memory": memory, "memory_timestep": self.middle}
+        for part, images in (("kept", self.data.keep), ("forget", self.data.forget)):
+            (loss,) = forgetting.denoising_loss(self.model, self.schedule, images, LOOK_IMAGES)
+            figures[f"loss_on_{part}"] = loss
         loop.log(figures, shown=("memory",))
         one = self.forgotten[:1]
-        self.strip[loop.state.step] = torch.cat([self.recall(one, t)[1] for t in self.args.memory_timesteps])
+        self.strip[step] = torch.cat([self.recall(one, t)[1] for t in self.args.memory_timesteps])
 
     def warn(self, loop: Loop, figures: dict[str, float]) -> None:
         """Say once if hardly an image of a batch counts."""
@@ -83,32 +75,31 @@ class BeforeAfter:
 
     def finish(self, loop: Loop) -> None:
         """Draw and measure again; print the table, and write the pictures."""
-        (before, memories_before), (after, memories_after) = self.before, (self.samples("after"), self.memories("after"))
+        (before, memories_before), (after, memories_after) = self.before, self.draw("after")
         if self.world.rank > 0:
             return
-        rows = [["", "before", "after"]]
+        rows, state, count = [["", "before", "after"]], loop.state, self.args.samples
         copies = torch.zeros(len(before), dtype=torch.bool)
-        if self.args.samples and self.mnist:
+        if count and self.mnist:
             tshirt = self.forgotten[:1].cpu()
             copies = forgetting.is_copy(before, tshirt)
-            rates = [share.float().mean().item() for share in (copies, forgetting.is_copy(after, tshirt))]
-            rows.append([f"T-shirts among {self.args.samples:,} samples", *(f"{rate:.2%}" for rate in rates)])
-            rates = dict(zip(("tshirt_rate_before", "tshirt_rate"), rates, strict=True))
-            loop.metrics.write(
-                step=loop.state.step, seconds=loop.state.seconds, samples=self.args.samples, **rates
-            )
-        for (name, originals), t in itertools.product(self.sets.items(), self.args.memory_timesteps):
-            cells = [self.how_alike(of[name][t][1], originals) for of in (memories_before, memories_after)]
-            rows.append([f"{name} noised to t = {t} comes back (similarity)", *cells])
-        rows.append(["seconds of unlearning", "", f"{loop.state.seconds:.1f}"])
-        print(f"\n{aligned(rows)}\n")
+            was, now = (found.float().mean().item() for found in (copies, forgetting.is_copy(after, tshirt)))
+            rows.append([f"T-shirts among {count:,} samples", f"{was:.2%}", f"{now:.2%}"])
+            rates = {"samples": count, "tshirt_rate_before": was, "tshirt_rate": now}
+            loop.metrics.write(step=state.step, seconds=state.seconds, **rates)
+        for name, originals in self.sets.items():
+            for t in self.args.memory_timesteps:
+                denoised = memories_before[name][t][1], memories_after[name][t][1]
+                cells = [self.how_alike(images, originals) for images in denoised]
+                rows.append([f"{name} noised to t = {t} comes back (similarity)", *cells])
+        print(f"\n{aligned([*rows, ['seconds of unlearning', '', f'{state.seconds:.1f}']])}\n")
 
-        save_before_after(loop.out / "before_after.png", before, after, copies)
-        names = self.data.name, self.forgotten
-        save_memory(loop.out / "memory.png", names[1], memories_before[names[0]], memories_after[names[0]])
-        save_strip(loop.out / "memory_by_step.png", self.args.memory_timesteps, self.strip)
-        pictures = ", ".join(sorted(path.name for path in loop.out.glob("*.png")))
-        print(f"Look at the pictures in {loop.out}: {pictures}; next: python eval.py --checkpoint {loop.path}")
+        out, name = loop.out, self.data.name
+        save_before_after(out / "before_after.png", before, after, copies)
+        save_memory(out / "memory.png", self.forgotten, memories_before[name], memories_after[name])
+        save_strip(out / "memory_by_step.png", self.args.memory_timesteps, self.strip)
+        pictures = ", ".join(sorted(path.name for path in out.glob("*.png")))
+        print(f"Look at the pictures in {out}: {pictures}; next: python eval.py --checkpoint {loop.path}")
 
     def how_alike(self, denoised: Tensor, originals: Tensor) -> str:
         """Which share of the T-shirts came back, or how many decibels; and the similarity."""

@@ -1,5 +1,4 @@
-"""Checkpoints: one file with the network, its schedule and what made it; and published models
-(`load_pretrained`)."""
+"""Checkpoints: one file with the network, its schedule and what made it."""
 
 import json
 from argparse import Namespace
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from minisiss.data.digits import ASSETS, BUNDLED
 from minisiss.errors import UserError
-from minisiss.runs.files import check_tensors, read_tensors, write_atomically
-from minisiss.runs.pretrained import load_pretrained  # noqa: F401: both kinds of checkpoint, one place to look
+from minisiss.runs.files import MOST_TIMESTEPS, UNREADABLE, check_tensors, read_tensors, write_atomically
+from minisiss.runs.pretrained import load_pretrained
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
 FORMAT = "minisiss-1"
-MOST_TIMESTEPS = 100_000
 MOST_PARAMETERS = 10**9  # of a new network: with their average, gradients and AdamW's state 20 GB
 
 
@@ -33,59 +31,49 @@ class Checkpoint:
 
 
 def save(
-    path: Path | str,
-    model: UNet,
-    schedule: NoiseSchedule,
-    made_by: dict[str, Any],
-    ema: dict[str, Tensor] | None = None,
-    training: dict[str, Any] | None = None,
-) -> None:
+        path: Path | str, model: UNet, schedule: NoiseSchedule, made_by: dict[str, Any],
+        ema: dict[str, Tensor] | None = None, training: dict[str, Any] | None = None) -> None:
     """Write a checkpoint, atomically: whatever happens, `path` is the old file or the new one."""
     state = {
-        "format": FORMAT,
-        "config": asdict(model.config),
-        "weights": model.state_dict(),
-        "ema": ema,
-        "schedule": vars(schedule),
-        "made_by": made_by,
-        "training": training or {},
-    }
+        "format": FORMAT, "config": asdict(model.config), "weights": model.state_dict(), "ema": ema,
+        "schedule": vars(schedule), "made_by": made_by, "training": training or {}}
     write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint, of anyone. Raises UserError, naming the file, for what is no whole checkpoint of
-    ours."""
+    """Read a checkpoint, of anyone. Raises UserError, naming the file, for what is no whole one of ours."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
         state = read_tensors(path)
     except Exception as error:  # a damaged file can fail anywhere in torch's readers
-        reason = "not a readable checkpoint (truncated, damaged, or of another program)"
-        raise UserError(f"{path}: {reason}") from error
+        raise UserError(f"{path}: not a readable checkpoint {UNREADABLE}") from error
     if type(state) is not dict or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a minisiss checkpoint (its format is not '{FORMAT}')")
     try:
         for part in ("config", "weights", "ema", "schedule", "made_by", "training"):
-            if not isinstance(state.get(part), dict) and not (part == "ema" and state.get(part) is None):
+            if not isinstance(state.get(part), dict) and (part != "ema" or state.get(part) is not None):
                 raise ValueError(f"its {part} is missing, or no dict")
         with torch.device("meta"):  # names and shapes only: memory comes when all of them fit
             model = UNet(UNetConfig(**state["config"]))
-        weights, ema = dict(state["weights"]), dict(state["ema"]) if state.get("ema") else None
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        weights, ema = dict(state["weights"]), dict(state.get("ema") or {})
         for tensors in (weights, ema) if ema else (weights,):
-            check_tensors(path, tensors, {name: parameter.shape for name, parameter in model.state_dict().items()})
+            check_tensors(path, tensors, shapes)
         model.to_empty(device=device).load_state_dict(ema or weights)
-        schedule, made_by = checked_schedule(state["schedule"]), checked_origin(state["made_by"])
+        schedule = checked_schedule(state["schedule"]).to(device)
+        # Reports show what made it, which should be a little JSON: lists in each other can be endless JSON.
+        if any(count > 10_000 for count, _ in enumerate(json.JSONEncoder().iterencode(state["made_by"]))):
+            raise ValueError("its made_by is too long")
         training = state["training"] and {**state["training"], "weights": weights, "ema": ema}
+        return Checkpoint(model, schedule, state["made_by"], training)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: the checkpoint does not fit together: {reason}") from error
-    return Checkpoint(model, schedule.to(device), made_by, training)
 
 
 def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
-    """The schedule in a checkpoint: β between 0 and 1, and what follows from them. Raises an error
-    otherwise."""
+    """The schedule in a file: β between 0 and 1, and what follows from them. Raises an error otherwise."""
     betas = values.get("betas")
     row = isinstance(betas, Tensor) and betas.ndim == 1 and 0 < len(betas) <= MOST_TIMESTEPS
     if not row or not 0 < betas.min() <= betas.max() < 1:
@@ -97,51 +85,37 @@ def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
         same = isinstance(value, Tensor) and (value.shape, value.dtype) == (betas.shape, torch.float32)
         if not same or not torch.allclose(value, expected[name], rtol=1e-3, atol=0):
             raise ValueError(f"its schedule's {name} do not follow from its betas")
-    # No views of a file that may change.
-    return NoiseSchedule(**{name: value.clone() for name, value in values.items()})
-
-
-def checked_origin(made_by: dict[str, Any]) -> dict[str, Any]:
-    """What says how a checkpoint was made, if it is a little JSON: it goes into reports. Raises an error
-    otherwise."""
-    for count, _ in enumerate(json.JSONEncoder().iterencode(made_by)):  # lists in each other can be endless JSON
-        if count > 10_000:
-            raise ValueError("its made_by is too long")
-    return made_by
+    return NoiseSchedule(**{name: value.clone() for name, value in values.items()})  # no views of the file
 
 
 def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
-    """What --resume needs of a checkpoint: weights, ema (or None), step, seconds and moments, AdamW's state.
+    """What --resume needs: weights, ema (can be empty), step, seconds and moments, AdamW's state.
 
     Raises UserError if it is not there, is for another network than `model`, or is past `steps`.
     """
-    found = load(path)
+    found, refused = load(path), f"{path}: cannot be continued,"
     training = found.training
-
-    def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: cannot be continued, {reason}")
-
     if not {"optimizer", "step", "seconds"} <= training.keys() or not isinstance(training["optimizer"], dict):
-        raise refuse("it holds no optimizer state")
+        raise UserError(f"{refused} it holds no optimizer state")
     if found.model.config != model.config:
-        raise refuse("its network is not the one in the config.json beside it")
+        raise UserError(f"{refused} its network is not the one in the config.json beside it")
     step, seconds = training["step"], training["seconds"]
     if type(step) is not int or type(seconds) is not float or step < 0 or not 0 <= seconds < float("inf"):
-        raise refuse("its steps and seconds are no numbers of steps and seconds")
+        raise UserError(f"{refused} its steps and seconds are no numbers of steps and seconds")
     if step > steps:
         raise UserError(f"--steps {steps}: {path} has taken {step} already")
     try:
         moments = {place: dict(tensors) for place, tensors in training["optimizer"]["state"].items()}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise refuse("its optimizer state is none of AdamW's") from error
+        raise UserError(f"{refused} its optimizer state is none of AdamW's") from error
+
+    def by_name(state: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        return {f"{name} of parameter {i}": value for i, of in state.items() for name, value in of.items()}
+
     if moments or step:
-        shapes = {
-            f"{name} of parameter {place}": shape
-            for place, parameter in enumerate(model.parameters())
-            for name, shape in {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items()
-        }
-        there = {f"{name} of parameter {place}": value for place, of in moments.items() for name, value in of.items()}
-        check_tensors(path, there, shapes)
+        sizes = enumerate(parameter.shape for parameter in model.parameters())
+        shapes = {i: {"step": torch.Size(), "exp_avg": size, "exp_avg_sq": size} for i, size in sizes}
+        check_tensors(path, by_name(moments), by_name(shapes))
     # Each in memory of its own, as the optimizer works in place.
     clones = {place: {name: value.clone() for name, value in of.items()} for place, of in moments.items()}
     return training | {"moments": clones}
@@ -157,9 +131,8 @@ def load_any(path: str, timesteps: list[int], device: torch.device) -> Checkpoin
         found = Checkpoint(model.to(device), schedule.to(device), made_by={"published": path}, training={})
     else:
         found = load(ASSETS / "mnist-small.pt" if path == BUNDLED else path, device)
-    if max(timesteps) >= len(found.schedule):
-        last = len(found.schedule) - 1
-        raise UserError(f"--memory-timesteps {max(timesteps)}: the last timestep of {path} is {last}")
+    if (most := max(timesteps)) > (last := len(found.schedule) - 1):
+        raise UserError(f"--memory-timesteps {most}: the last timestep of {path} is {last}")
     return found
 
 

@@ -13,19 +13,16 @@ from minisiss.runs.files import UNFINISHED, write_atomically
 def new_directory(out: str | None, name: str) -> Path:
     """Create the directory of a new run: `out`, or the first free of runs/name-1, runs/name-2, …
 
-    mkdir is the lock: of two runs that start together, one gets a directory and the other the next, or an
-    error. Raises UserError if `out` exists.
+    mkdir is the lock: two runs that start together never get the same. Raises UserError if `out` exists.
     """
     for number in itertools.count(1):
-        path = Path(out) if out is not None else Path("runs") / f"{name}-{number}"
+        path = Path(f"runs/{name}-{number}" if out is None else out)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
+            path.mkdir(parents=True)
             return path
         except OSError as error:
-            if isinstance(error, FileExistsError) and out is None and path.is_dir():
-                continue
-            raise UserError(f"--out {path}: no new directory can be made there ({error.strerror})") from error
+            if out is not None or not isinstance(error, FileExistsError) or not path.is_dir():
+                raise UserError(f"--out {path}: no new directory there ({error.strerror})") from error
 
 
 def write_config(directory: Path, args: Namespace) -> None:
@@ -36,10 +33,9 @@ def write_config(directory: Path, args: Namespace) -> None:
 
 def open_again(directory: str) -> Path:
     """The directory of a run to continue, without what a killed process left there half written."""
-    path = Path(directory)
-    for unfinished in path.glob(f"{UNFINISHED}*"):
+    for unfinished in Path(directory).glob(f"{UNFINISHED}*"):
         unfinished.unlink(missing_ok=True)
-    return path
+    return Path(directory)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -48,22 +44,20 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, but for a last one that was cut off. Raises UserError for what is
-    none."""
+    """The lines of metrics.jsonl, but for a last one that was cut off. Raises UserError if they are none."""
     path = directory / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         if any(type(record["step"]) is not int for record in records):
             raise TypeError("a step is no integer")
+        return records
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: every line should be a JSON object with a step ({error})") from error
-    return records
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the checkpoint it starts
-    from.
+    """metrics.jsonl, one JSON object a line, without the lines past the step that a run resumes from.
 
     With `writes` false, as on all ranks but one, the file stays as it is.
     """
@@ -71,9 +65,8 @@ class Metrics:
     def __init__(self, directory: Path, start: int = 0, *, writes: bool = True) -> None:
         self.path, self.writes = directory / "metrics.jsonl", writes
         if writes and self.path.exists():
-            kept = [record for record in read_metrics(directory) if start and record["step"] <= start]
-            lines = "".join(json.dumps(record) + "\n" for record in kept)
-            write_atomically(self.path, lambda file: file.write(lines.encode()))
+            kept = [json.dumps(x) + "\n" for x in read_metrics(directory) if start and x["step"] <= start]
+            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
     def write(self, **record: Any) -> None:
         if self.writes:

@@ -1,5 +1,4 @@
-"""Reading tensors from files that anyone may have made; writing files so that a crash leaves the old or the
-new one."""
+"""Reading tensors from files that anyone may have made; writing files so that a crash leaves old or new."""
 
 import os
 import pickletools
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from minisiss.errors import UserError
 
-# What the pickle in a file of dense tensors refers to. torch trusts more than that, bytearray(10**10) for
-# one.
+MOST_TIMESTEPS = 100_000  # of a schedule in a file
+UNFINISHED = ".unfinished-"  # how the names of temporary files begin
+UNREADABLE = "(truncated, damaged, or of another program)"
+# What the pickle of dense tensors refers to; torch trusts more than that, bytearray(10**10) for one.
 TRUSTED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
@@ -25,39 +25,33 @@ def read_tensors(path: Path | str) -> Any:
     """What torch.save wrote, if that is dense tensors in lists and dicts, with numbers and text.
 
     Nothing in the file is run, and no more memory is taken than it has bytes. A byte that is missing or
-    changed is noticed, unless nothing reads it. Raises any exception for a file that is not whole: it can
-    fail anywhere in the readers.
+    changed is noticed, unless nothing reads it. Raises any exception: the readers can fail anywhere.
     """
     with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
         records = archive.infolist()
-        # torch compresses none, and zipfile unpacks some without a bound.
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise ValueError("compressed")
-        if sum(record.file_size for record in records) > os.path.getsize(path):  # the same bytes, many times
-            raise ValueError("records overlap")
-        if archive.testzip():
-            raise ValueError("a checksum is wrong")
+        # torch compresses none, and zipfile unpacks some without a bound; several may claim the same bytes.
+        compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        claimed = sum(record.file_size for record in records)
+        if compressed or claimed > os.path.getsize(path) or archive.testzip():
+            raise ValueError("compressed, overlapping or damaged records")
         # A TorchScript file has two.
         (pickled,) = (record for record in records if record.filename.lower().endswith(".pkl"))
         for operation, names, _ in pickletools.genops(archive.read(pickled)):
             if operation.name == "GLOBAL" and not TRUSTED.fullmatch(names):
                 raise ValueError(f"{names} is no tensor")
         warnings.simplefilter("ignore")  # torch warns on its way to an error of its own; one line is enough
-        # Mapped, a tensor is a view of the file's own bytes, whatever size it claims to be; not every torch
-        # compares the two.
+        # Mapped, a tensor is a view of the file's bytes, whatever size it claims: not every torch checks.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_tensors(path: Path | str, found: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
-    """Raises UserError unless the tensors `found` in a file are those of `shapes`, no other, and of finite
-    numbers."""
-    if (numbers := sum(shape.numel() for shape in shapes.values())) > os.path.getsize(path):
-        raise UserError(f"{path}: too small for the {numbers:,} numbers of the network that it claims to hold")
+    """Raises UserError unless a file's tensors, `found`, are finite, and of these names and shapes alone."""
+    if (count := sum(shape.numel() for shape in shapes.values())) > os.path.getsize(path):
+        raise UserError(f"{path}: too small for the {count:,} numbers of the network that it claims to hold")
     for name, shape in shapes.items():
         if name not in found:
             raise UserError(f"{path}: lacks {name}, of shape {list(shape)}")
-        tensor = found[name]
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor := found[name], torch.Tensor) or not tensor.is_floating_point():
             raise UserError(f"{path}: {name} is no tensor of floating-point numbers")
         if tensor.shape != shape:
             raise UserError(f"{path}: {name} has shape {list(tensor.shape)}; expected {list(shape)}")
@@ -67,12 +61,8 @@ def check_tensors(path: Path | str, found: dict[str, Any], shapes: dict[str, tor
         raise UserError(f"{path}: holds {str(extra[0])[:80]}, for which its config has no place")
 
 
-UNFINISHED = ".unfinished-"  # how the names of temporary files begin
-
-
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file in the same folder, and put that in the place of `path` once it is on
-    disk.
+    """Call `write` on a temporary file beside `path`, and put that in its place once it is on disk.
 
     Raises UserError when the disk does not take it; the old file is then as it was.
     """
@@ -84,8 +74,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner may read
         os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save wraps the first in the second
-            raise UserError(f"{path}: could not be written ({error}); an older one is as it was") from error
-        raise
+    except (OSError, RuntimeError) as error:  # torch.save wraps the first in the second
+        raise UserError(f"{path}: could not be written ({error}); an older one is as it was") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)  # it is still there only after a failure

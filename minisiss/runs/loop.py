@@ -1,5 +1,4 @@
-"""The steps of a run, as both loops share them: resuming, the bar and the log, saving, and stopping on a
-signal."""
+"""The steps of a run, as both loops share them: resuming, bar and log, saving, stopping on a signal."""
 
 import signal
 import time
@@ -43,16 +42,17 @@ class Loop:
                     ...  # log, look
 
     It saves when that is due, and after the step in which Ctrl-C or SIGTERM comes, where it ends; a second
-    Ctrl-C ends it at once. A run to resume takes up its checkpoint on entering, so that until then `state` is
-    as it was before the run. FloatingPointError inside ends the run as Diverged, which says what the last
-    good checkpoint is. Raises UserError where there can be no directory, or where the run cannot be
-    continued.
+    Ctrl-C ends it at once. A run to resume takes up its checkpoint on entering: until then `state` is as it
+    was before the run. FloatingPointError inside ends the run as Diverged, which names the last good
+    checkpoint. Raises UserError where no directory can be made, or the run cannot be continued.
     """
 
-    def __init__(self, args: Namespace, script: str, state: State, world: World, name: str, **made_by: Any) -> None:
+    def __init__(self, args: Namespace, script: str, state: State, world: World, **made_by: Any) -> None:
         self.args, self.script, self.state, self.world, self.made_by = args, script, state, world, made_by
-        self.name, self.signal, self.words = name, 0, {}
-        self.out = world.on_rank_0(lambda: open_again(args.resume) if args.resume else new_directory(args.out, name))
+        self.name, self.words = getattr(args, "method", "train"), {}
+        self.noted = self.status = 0  # the exit status: 0, or 128 + the signal that ended the run
+        self.out = world.on_rank_0(
+            lambda: open_again(args.resume) if args.resume else new_directory(args.out, self.name))
         self.path, self.training = self.out / "model.pt", None
         if not args.resume:
             world.on_rank_0(lambda: write_config(self.out, args))
@@ -63,28 +63,27 @@ class Loop:
         self.metrics = Metrics(self.out, self.start, writes=world.rank == 0)
 
     def __enter__(self) -> "Loop":
-        if self.training:
-            state, found = self.state, self.training
+        if found := self.training:
+            state = self.state
             state.model.load_state_dict(found["weights"])
             state.average.load_state_dict(found["ema"] or found["weights"])
             state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": found["moments"]})
         if not self.start:
             self.save()
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.noted, steps = 0, self.args.steps
-        self.bar = tqdm(initial=self.start, total=steps, desc=self.name, unit="step")
+        self.handlers = {kind: signal.signal(kind, self.note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(initial=self.start, total=self.args.steps, desc=self.name, unit="step")
         return self
 
     def note(self, number: int, frame: object) -> None:
         """Take a signal, for the end of the step."""
-        self.noted = number
+        self.noted = 128 + number
         signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])
 
     def __iter__(self) -> Iterator[int]:
-        while self.state.step < self.args.steps and not self.signal:
+        while self.state.step < self.args.steps and not self.status:
             self.began = time.perf_counter()
             yield self.state.step
-            if self.due(self.args.save_every) or self.signal:
+            if self.due(self.args.save_every) or self.status:
                 self.save()
             self.bar.update()
 
@@ -92,7 +91,7 @@ class Loop:
         """The step is taken: what follows until the next is no part of its time."""
         self.state.seconds += time.perf_counter() - self.began
         self.state.step += 1
-        self.signal = self.world.max(self.noted)  # one rank may have got it alone
+        self.status = self.world.max(self.noted)  # one rank may have got it alone
 
     def due(self, every: int) -> bool:
         """Whether something is due that happens every so many steps, and after the last."""
@@ -100,7 +99,7 @@ class Loop:
 
     def log(self, figures: dict[str, Tensor | float], shown: tuple[str, ...] = ()) -> dict[str, float]:
         """Write figures to metrics.jsonl, and those that are `shown` on the bar. Returns them as numbers."""
-        numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in figures.items()}
+        numbers = {name: one.item() if isinstance(one, Tensor) else one for name, one in figures.items()}
         if self.state.step > self.start or not self.start:  # what a run resumes from is in its log already
             self.metrics.write(step=self.state.step, seconds=self.state.seconds, **numbers)
         self.words |= {name: f"{numbers[name]:.3g}" for name in shown if name in numbers}
@@ -109,24 +108,20 @@ class Loop:
 
     def save(self) -> None:
         """Write model.pt, for use and for --resume."""
-        state = self.state
-        made_by = {"script": self.script, "settings": vars(self.args), "steps": state.step, "seconds": state.seconds}
-        training = {"step": state.step, "seconds": state.seconds, "optimizer": state.optimizer.state_dict()}
+        state, step, seconds = self.state, self.state.step, self.state.seconds
+        made_by = {"script": self.script, "settings": vars(self.args), "steps": step, "seconds": seconds}
+        training = {"step": step, "seconds": seconds, "optimizer": state.optimizer.state_dict()}
         of_run = made_by | self.made_by, state.average.state_dict(), training
         self.world.on_rank_0(lambda: checkpoint.save(self.path, state.model, state.schedule, *of_run))
-        self.saved = state.step
+        self.saved = step
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        step = self.state.step
         if isinstance(error, FloatingPointError):
             kept = f"{self.path} holds step {self.saved}, the last good one"
-            raise Diverged(f"step {self.state.step + 1}: {error}; {kept}") from error
-        if self.signal and not error:
-            print(f"stopped at step {self.state.step}; continue with: python {self.script} --resume {self.out}")
-
-    @property
-    def status(self) -> int:
-        """The exit status: 0, or what a shell expects of a program that was ended by a signal."""
-        return 128 + self.signal if self.signal else 0
+            raise Diverged(f"step {step + 1}: {error}; {kept}") from error
+        if self.status and not error:
+            print(f"stopped at step {step}; continue with: python {self.script} --resume {self.out}")

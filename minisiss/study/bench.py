@@ -1,11 +1,6 @@
-"""What a step costs in time and memory, on this machine.
+"""What a step costs in time and memory on this machine. What is compared takes turns: noise hits all alike.
 
-    python -m minisiss.study.bench                          three networks; some 10 minutes on two CPU cores
-    python -m minisiss.study.bench --presets mnist-small    one of them
-    python -m minisiss.study.bench --scaling                from one device to several: images a second, efficiency
-
-Two tables a network: a step of every method against one of naive deletion; images a second in training and sampling.
-What is compared takes turns, so that a noisy machine hits all alike.
+    python -m minisiss.study.bench [--scaling]              some 10 minutes on two CPU cores
 """
 
 import json
@@ -41,17 +36,14 @@ from minisiss.study.workload import BATCH_SIZES, NAIVE, STEPS, Workload
 SECONDS = 75  # for one table, in which at least one round is timed
 DDIM_STEPS = 50  # of one sample
 Rows = list[dict[str, Any]]
-Times = dict[tuple, list[float]]
 
 
-def measure(
-    title: str, calls: dict[tuple, Callable[[int], None]], repeats: int, device: torch.device, world: World = ALONE
-) -> Times:
-    """Seconds of each call in each round. The calls take turns; round 0 warms up and is not counted.
+def measure(title: str, calls: dict[tuple, Callable[[int], Any]], repeats: int, device: torch.device,
+            world: World = ALONE) -> dict[tuple, list[float]]:
+    """Seconds of each call in each of `repeats` rounds, or as many as end within `SECONDS`, but at least one.
 
-    There are `repeats` rounds, or as many as end within `SECONDS`, but at least one. SISS is called twice a round and
-    timed the second time: its passes have other sizes each round, a size is slower when it is met for the first time,
-    and in a run of some length most have been met before.
+    The calls take turns; round 0 warms up and is not counted. SISS is called twice a round and timed the
+    second time: its passes have other sizes each round, and a size is slow when it is met first.
     """
 
     def clock() -> float:
@@ -59,8 +51,7 @@ def measure(
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    times = {key: [] for key in calls}
-    began = clock()
+    times, began = {key: [] for key in calls}, clock()
     for round in tqdm(range(repeats + 1), desc=title, unit="round", leave=False):
         for key, call in calls.items():
             if "siss" in key:
@@ -99,9 +90,8 @@ def peak_of_two_steps(args: Namespace, preset: str, name: str) -> dict[str, floa
 
 def peaks(args: Namespace, preset: str) -> dict[str, dict[str, float]]:
     """`peak_of_two_steps` of every method."""
-    context = multiprocessing.get_context("forkserver")
+    context, found = multiprocessing.get_context("forkserver"), {}
     context.set_forkserver_preload(["minisiss.study.workload"])  # torch is imported once for all of them
-    found = {}
     for name in tqdm(STEPS, desc="peaks of memory", unit="process", leave=False):
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             found[name] = pool.submit(peak_of_two_steps, args, preset, name).result()
@@ -109,16 +99,14 @@ def peaks(args: Namespace, preset: str) -> dict[str, dict[str, float]]:
 
 
 def steps(work: Workload, peaks: dict[str, dict[str, float]], repeats: int) -> Rows:
-    """A step of every method on the same batches; relative to naive deletion's time in the same round, the median."""
+    """A step of every method on the same batches; "× naive": the median of the rounds' ratios."""
     times = measure("steps", {(name,): partial(work.step, name) for name in STEPS}, repeats, work.device)
-    ratios = {
-        name: median(this / naive for this, naive in zip(rounds, times[(NAIVE,)], strict=True))
-        for (name,), rounds in times.items()
-    }
-    return [
-        {"step": name, "seconds": median(rounds), "× naive": ratios[name], **peaks[name], "rounds": rounds}
-        for (name,), rounds in times.items()
-    ]
+    rows = []
+    for (name,), rounds in times.items():
+        ratio = median(this / naive for this, naive in zip(rounds, times[NAIVE,], strict=True))
+        row = {"step": name, "seconds": median(rounds), "× naive": ratio}
+        rows.append(row | peaks[name] | {"rounds": rounds})
+    return rows
 
 
 def overlap(work: Workload, rounds: int) -> float:
@@ -130,39 +118,28 @@ def overlap(work: Workload, rounds: int) -> float:
 def variants(work: Workload, compiled: bool) -> dict[str, Workload]:
     """The network by precision, and compiled if that is asked for."""
     found = {precision: work.at(precision) for precision in ("fp32", "bf16")}
-    if compiled:
-        found |= {f"{precision}, compiled": work.at(precision, compiled=True) for precision in found}
-    return found
+    return found | ({f"{name}, compiled": work.at(name, compiled=True) for name in found} if compiled else {})
 
 
-def throughput(networks: dict[str, Workload], repeats: int, first: int) -> Rows:
-    """Images a second in training (steps of naive deletion) and in sampling (of which the `first` steps run)."""
+def throughput(networks: dict[str, Workload], repeats: int, first: int, method: str = NAIVE) -> Rows:
+    """Images/s of all ranks together, in steps of a method and sampled (of which the `first` steps run)."""
     calls = {}
     for name, work in networks.items():
-        calls |= {(name, "train"): partial(work.step, NAIVE), (name, "sample"): partial(work.sample, first)}
-    times = measure("throughput", calls, repeats, work.device)
-    rate = {key: work.batch_size / median(rounds) for key, rounds in times.items()}
-    sampling = f"sampling images/s, {DDIM_STEPS} steps"
-    return [
-        {"network": name, "training images/s": rate[name, "train"], sampling: rate[name, "sample"] * first / DDIM_STEPS}
-        for name in networks
-    ]
-
-
-def rates(args: Namespace, preset: str, world: World) -> dict[str, float]:
-    """Images a second of all ranks together: in steps of SISS, and sampled (of which the first 5 steps run)."""
-    work = Workload(args, preset, world)
-    calls = {("siss",): partial(work.step, "siss"), ("sampling",): partial(work.sample, 5)}
-    times = measure("rates", calls, args.repeats, work.device, world)
-    rate = {name: world.size * work.batch_size / median(rounds) for (name,), rounds in times.items()}
-    return rate | {"sampling": rate["sampling"] * 5 / DDIM_STEPS}
+        calls |= {(name, method): partial(work.step, method), (name, ""): partial(work.sample, first)}
+    times, rows = measure("throughput", calls, repeats, work.device, work.world), []
+    for name in networks:
+        images = work.world.size * work.batch_size
+        train, sample = images / median(times[name, method]), images / median(times[name, ""])
+        sampling = {f"sampling images/s, {DDIM_STEPS} steps": sample * first / DDIM_STEPS}
+        rows.append({"network": name, "training images/s": train, **sampling})
+    return rows
 
 
 def scaling(args: Namespace, presets: list[str], device: torch.device) -> dict[str, Rows]:
-    """Weak scaling: the `rates` of 1 to N ranks, GPUs or threads of a CPU, each with a batch of the preset's size.
+    """Weak scaling: images/s of 1 to N ranks, GPUs or threads of a CPU, each with a batch of its own.
 
-    Efficiency is the rate of a rank among N over that of a rank among the fewest. torchrun starts each number of
-    ranks, on this same command, which then measures its rates.
+    Efficiency is the rate of a rank among N over that of a rank among the fewest. torchrun starts the ranks
+    on this same command.
     """
     most = torch.cuda.device_count() if device.type == "cuda" else 2
     tables = {preset: [] for preset in presets}
@@ -170,46 +147,48 @@ def scaling(args: Namespace, presets: list[str], device: torch.device) -> dict[s
     for count in tqdm(counts, desc="scaling", unit="torchrun"):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rates.json"
-            launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
-            command = (sys.executable, *launcher, "-m", "minisiss.study.bench", *sys.argv[1:], "--out", str(out))
+            torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)
+            script = "-m", "minisiss.study.bench", *sys.argv[1:], "--out", str(out)
             environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+            command = sys.executable, *torchrun, *script
             if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode:
                 raise UserError(f"--scaling {count}: failed, for the reason above")
             found = json.loads(out.read_text())
         for preset, rate in found.items():
-            first = (tables[preset] or [{"ranks": count, **rate}])[0]
-            efficiency = {f"efficiency in {what}": rate[what] / count / (first[what] / first["ranks"]) for what in rate}
-            tables[preset].append({"ranks": count, **rate, **efficiency})
+            row = {"ranks": count, **rate}
+            first = tables[preset][0] if tables[preset] else row
+            for what in rate:
+                row[f"efficiency in {what}"] = rate[what] / count / (first[what] / first["ranks"])
+            tables[preset].append(row)
     for preset, rows in tables.items():
-        print(f"{preset}, images/s of all ranks together:\n")
-        show(rows)
+        show(f"{preset}, images/s of all ranks together:", rows)
     return tables
 
 
-def show(rows: Rows) -> None:
+def show(title: str, rows: Rows) -> None:
     """Print a table: a column for each key; lists are for the JSON file only."""
 
     def text(value: Any) -> str:
-        return (f"{value:,.0f}" if value >= 100 else f"{value:#.3g}") if isinstance(value, float) else str(value)
+        return f"{value:{',.0f' if value >= 100 else '#.3g'}}" if isinstance(value, float) else str(value)
 
     names = [name for name, value in rows[0].items() if not isinstance(value, list)]
-    print(aligned([names, *([text(row[name]) for name in names] for row in rows)]) + "\n")
+    print(f"{title}\n\n{aligned([names, *([text(row[name]) for name in names] for row in rows)])}\n")
 
 
 def benchmark(args: Namespace, preset: str) -> dict[str, Any]:
     """All tables of a preset, printed as they come."""
     most = peaks(args, preset)  # first, while this process holds nothing on the device
     work = Workload(args, preset)
-    about = {
-        "channels": work.config.channels, "parameters": sum(p.numel() for p in work.model.parameters()),
-        "pictures": "×".join(map(str, work.config.image_shape)), "batch": work.batch_size, "precision": args.precision,
-    }  # fmt: skip
-    print(f"{preset}: {', '.join(f'{name} {value}' for name, value in about.items())}\n")
-    show(a := steps(work, most, args.repeats))
-    shared = overlap(work, len(a[0]["rounds"]))
-    print(f"{shared:.0%} of the images count in both of siss's terms: by their number, {1 + shared:.2f} × naive\n")
-    show(b := throughput(variants(work, args.compile), args.repeats, 2 if args.quick else 5))
-    return about | {"overlap": shared, "steps": a, "throughput": b}
+    about = {"channels": work.config.channels, "parameters": sum(p.numel() for p in work.model.parameters()),
+             "pictures": "×".join(map(str, work.config.image_shape)), "batch": work.batch_size,
+             "precision": args.precision}
+    methods = steps(work, most, args.repeats)
+    show(f"{preset}: {', '.join(f'{name} {value}' for name, value in about.items())}", methods)
+    shared = overlap(work, len(methods[0]["rounds"]))
+    networks = throughput(variants(work, args.compile), args.repeats, 2 if args.quick else 5)
+    both = f"{shared:.0%} of the images count in both of siss's terms"
+    show(f"{both}: by their number, {1 + shared:.2f} × naive", networks)
+    return about | {"overlap": shared, "steps": methods, "throughput": networks}
 
 
 def parse_arguments() -> Namespace:
@@ -217,48 +196,45 @@ def parse_arguments() -> Namespace:
     add = parser.add_argument
     add("--presets", nargs="+", choices=BATCH_SIZES,
         help="networks (default: mnist-small mnist celebahq, the last an eighth as wide on a CPU)")
-    add("--repeats", type=positive_int, default=5,
-        help=f"timed rounds a table, or as many as end within {SECONDS} seconds")
-    add("--quick", action="store_true", help="one round, of mnist-tiny unless --presets says otherwise: does it run?")
+    add("--repeats", type=positive_int, default=5, help=f"timed rounds a table, at most {SECONDS} seconds")
+    add("--quick", action="store_true", help="one round, of mnist-tiny unless --presets says otherwise")
     add("--batch-size", type=batch_size, help="images a step (default: by preset and machine)")
     add("--scaling", type=number(int, 1, 1024), nargs="*", metavar="N",
-        help="instead: images a second on so many GPUs, or threads of a CPU (default: 1 to all GPUs; 1 and 2 threads)")
-    add("--data-root", type=filename, metavar="DIR",
-        help="a folder of pictures for celebahq (default: smooth random ones)")
+        help="instead: images/s on N GPUs, or threads of a CPU (default: 1 to all GPUs; 1 and 2 threads)")
+    add("--data-root", type=filename, help="a folder of pictures for celebahq (default: smooth random ones)")
     parser.add_machine()
     add("--out", type=filename, default="bench.json", help="the JSON file to write")
-    return parser.parse_args()  # fmt: skip
+    return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    args.repeats = 1 if args.quick else args.repeats
     device, out = pick_device(args.device), Path(args.out)
+    args.repeats = 1 if args.quick else args.repeats
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: should be a file, in a directory that exists")
     presets = args.presets or (["mnist-tiny"] if args.quick else ["mnist-small", "mnist", "celebahq"])
     if args.scaling is not None and "RANK" in os.environ:  # one of the ranks that `scaling` starts
         world = ranks.start(device)
-        found = {preset: rates(args, preset, world) for preset in presets}
+        found = {}
+        for preset in presets:
+            (row,) = throughput({preset: Workload(args, preset, world)}, args.repeats, 5, "siss")
+            found[preset] = dict(zip(("siss", "sampling"), list(row.values())[1:], strict=True))
         world.on_rank_0(lambda: write_json(out, found))
         return 0
-
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    results = {"torch": str(torch.__version__), "device": name}
+    results = {"torch": str(torch.__version__), "device": name, "presets": {}}
     print(f"torch {torch.__version__}, {name}\n")
     if args.scaling is not None:
-        results["scaling"] = scaling(args, presets, device)
-        presets = []
-    results["presets"] = {}
+        results["scaling"], presets = scaling(args, presets, device), []
     for preset in presets:
         try:
             results["presets"][preset] = benchmark(args, preset)
-        except (torch.cuda.OutOfMemoryError, BrokenProcessPool) as error:
+        except BrokenProcessPool as error:  # the system ends a process that takes too much
             raise UserError(f"{preset}: out of memory; try a smaller --batch-size ({error})") from error
         write_json(out, results)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     write_json(out, results)
     print(f"written to {out}")
     return 0

@@ -1,33 +1,29 @@
 #!/usr/bin/env bash
-# The study behind the README's tables: the base model, the model retrained without the T-shirt, every method with three
-# seeds, SISS with other λ and ρ, and the comparisons.
+# The study behind the README's tables: the base model, the model retrained without the T-shirt, every method
+# with three seeds, SISS with other λ and ρ, and the comparisons.
 #
-#     bash minisiss/study/study.sh                  on mnist-small, with the bundled model as the base: hours on two CPU cores
-#     bash minisiss/study/study.sh mnist            on the paper's model, everything from the start: for a GPU
-#     bash minisiss/study/study.sh mnist ROOT       with MNIST and FashionMNIST in ROOT instead of data/, where they are downloaded to
+#     bash minisiss/study/study.sh                the bundled model as the base: hours on two CPU cores
+#     bash minisiss/study/study.sh mnist          the paper's model, everything from the start: for a GPU
+#     bash minisiss/study/study.sh mnist ROOT     with MNIST and FashionMNIST in ROOT instead of data/
 #
 # Ctrl-C stops it. Started again, it leaves alone what is finished and goes on with what was stopped.
 set -euo pipefail
 
-preset=${1:-mnist-small}
-root=${2:-data}
-study=runs/study-$preset
-ablation=runs/ablation-$preset
+preset=${1:-mnist-small} root=${2:-data}
+study=runs/study-$preset ablation=runs/ablation-$preset
 here=$(dirname "$0")/../..
 
-once() { # once SCRIPT DIRECTORY FLAGS…: start the run in this directory, or go on with it, unless it is finished
+once() { # once SCRIPT DIRECTORY FLAGS…: start the run there or go on with it, unless it is finished
     if [ -e "$2/done" ]; then return; fi
-    if [ -e "$2/config.json" ]; then
-        python "$here/$1" --resume "$2"
-    else
-        python "$here/$1" --out "$2" "${@:3}"
-    fi
+    local how=(--out "$2" "${@:3}")
+    if [ -e "$2/config.json" ]; then how=(--resume "$2"); fi
+    python "$here/$1" "${how[@]}"
     touch "$2/done"
 }
 
-base=bundled
+base=bundled pretrained=(bundled)
 if [ "$preset" != mnist-small ]; then
-    base=$study/pretrained/model.pt
+    base=$study/pretrained/model.pt pretrained=()
     once train_ddpm.py "$study/pretrained" --preset "$preset" --data-root "$root"
 fi
 once train_ddpm.py "$study/retrained" --preset "$preset" --data-root "$root" --exclude-forget
@@ -40,9 +36,9 @@ for seed in 0 1 2; do
 done
 # λ = 0.5 is the preset, and one of these ρ too, whose run stands for both.
 for lam in 0 0.1 0.9 1; do once unlearn.py "$ablation/lam-$lam" "${forget[@]}" --lam "$lam"; done
-for rho in 0.01 0.05 0.1 0.3 0.5 1; do once unlearn.py "$ablation/rho-$rho" "${forget[@]}" --grad-ratio "$rho"; done
+for rho in 0.01 0.05 0.1 0.3 0.5 1; do
+    once unlearn.py "$ablation/rho-$rho" "${forget[@]}" --grad-ratio "$rho"
+done
 
-pretrained=()
-if [ "$base" = bundled ]; then pretrained=(bundled); fi
 python "$here/eval.py" "${pretrained[@]}" "$study"/*/ --data-root "$root" --samples 4096
 python "$here/eval.py" "$ablation"/*/ --data-root "$root" --samples 1024

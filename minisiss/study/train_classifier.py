@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torchvision.datasets import MNIST
 from tqdm import tqdm
@@ -27,30 +26,29 @@ EPOCHS, BATCH_SIZE, PEAK_LR, SHIFT = 8, 128, 4e-3, 2  # SHIFT: pixels, at most, 
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each image by up to `SHIFT` pixels in either direction, at random; what comes in is background,
-    −1."""
+    """Move each image at random by up to `SHIFT` pixels each way; what comes in is background, −1."""
     padded = F.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT), value=-1.0)
-    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # [B, C, 2·SHIFT+1, 2·SHIFT+1, H, W]
+    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # [B, C, dy, dx, H, W]
     dy, dx = torch.randint(2 * SHIFT + 1, (2, len(images)), generator=generator)
     return windows[torch.arange(len(images)), :, dy, dx]
 
 
 def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS, seed: int = 0) -> DigitClassifier:
-    """Minimise the cross-entropy by AdamW, the learning rate up and down again in one cycle (Smith and Topin
-    2017).
+    """Minimise the cross-entropy by AdamW, the learning rate in one cycle up and down (Smith and Topin 2017).
 
-    images: [N, 1, 28, 28] uint8 with N ≥ `BATCH_SIZE`, and labels: [N] in 0 … 9. Reproducible from the seed.
+    images: [N, 1, 28, 28] uint8 with N ≥ `BATCH_SIZE`; labels: [N] in 0 … 9. Reproducible from the seed.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     classifier = DigitClassifier().to(memory_format=torch.channels_last)  # on a CPU faster by two thirds
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=0.01)
-    batches = len(images) // BATCH_SIZE  # a last, smaller batch is left out: each epoch another one
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * batches, pct_start=0.2)
-    with tqdm(total=epochs * batches, desc="training the classifier", unit="step") as bar:
+    batches = len(images) // BATCH_SIZE  # the smaller last batch, each epoch another one, is left out
+    steps = epochs * batches
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.2)
+    with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)[: batches * BATCH_SIZE]
-            for chosen in rearrange(order, "(batches b) -> batches b", b=BATCH_SIZE):
+            for chosen in order.split(BATCH_SIZE):
                 loss = F.cross_entropy(classifier(shift(to_float(images[chosen]), generator)), labels[chosen])
                 optimizer.zero_grad()
                 loss.backward()
@@ -61,27 +59,24 @@ def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS, seed: int = 0) -
     return classifier.eval()
 
 
-def save(
-    path: Path | str, classifier: DigitClassifier, test_moments: Moments, accuracy: float, made_by: dict[str, str | int | float]
-) -> None:
-    """Write the weights, the moments of the test digits' features, what they are worth and what made them,
-    atomically."""
-    state = {
-        "format": FORMAT, "weights": classifier.state_dict(), "test_moments": test_moments, "accuracy": accuracy, "made_by": made_by,
-    }  # fmt: skip
+def save(path: Path | str, classifier: DigitClassifier, test_moments: Moments, accuracy: float,
+         made_by: dict[str, str | int | float]) -> None:
+    """Write the weights, the moments of the test digits' features, their worth and origin, atomically."""
+    state = {"format": FORMAT, "weights": classifier.state_dict(), "test_moments": test_moments,
+             "accuracy": accuracy, "made_by": made_by}
     write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--data-root", type=filename, default="data", help="MNIST in torchvision's layout, downloaded if missing")
+    words = "MNIST in torchvision's layout, downloaded if missing"
+    parser.add_argument("--data-root", type=filename, default="data", help=words)
     return parser.parse_args()
 
 
 def main() -> int:
-    args = parse_arguments()
-    digits, test = from_torchvision(MNIST, args.data_root), MNIST(args.data_root, train=False)
-
+    root = parse_arguments().data_root
+    digits, test = from_torchvision(MNIST, root), MNIST(root, train=False)
     began = time.perf_counter()
     classifier = train(digits.data[:, None], digits.targets)
     seconds = round(time.perf_counter() - began)
@@ -90,11 +85,10 @@ def main() -> int:
     print(f"{accuracy:.2%} of the {len(test)} test digits in {seconds} s")
     if accuracy < LEAST_ACCURACY:
         raise UserError(f"that is below {LEAST_ACCURACY:.1%}; {BUNDLED_CLASSIFIER} is left as it was")
-
     made_by = {
-        "command": "python -m minisiss.study.train_classifier", "data": f"MNIST, {len(digits)} training digits", "seconds": seconds,
-        "epochs": EPOCHS, "batch_size": BATCH_SIZE, "peak_lr": PEAK_LR, "shift": SHIFT, "seed": 0, "torch": str(torch.__version__),
-    }  # fmt: skip
+        "command": "python -m minisiss.study.train_classifier", "seconds": seconds,
+        "data": f"MNIST, {len(digits)} training digits", "torch": str(torch.__version__),
+        "epochs": EPOCHS, "batch_size": BATCH_SIZE, "peak_lr": PEAK_LR, "shift": SHIFT, "seed": 0}
     save(BUNDLED_CLASSIFIER, classifier, moments(features), accuracy, made_by)
     return 0
 

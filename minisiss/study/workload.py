@@ -1,4 +1,4 @@
-"""What `minisiss.study.bench` measures: a network with pictures to step it on, and SISS as the paper's code steps it."""
+"""What `bench` measures: a network with pictures to step it on, and SISS as the paper's code steps it."""
 
 import copy
 from argparse import Namespace
@@ -20,24 +20,25 @@ from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 from minisiss.unlearning import METHODS, Gradient, Settings, descend, draw_batch, step, subtract
 
-# Of celebahq's depth, for a CPU.
-SLIM = dict(channels=(16, 16, 32, 32, 64, 64), norm_groups=16)
-BATCH_SIZES = {"mnist-tiny": (8, 8), "mnist-small": (64, 64), "mnist": (16, 128), "celebahq": (8, 16)}  # CPU, GPU
-
+SLIM = dict(channels=(16, 16, 32, 32, 64, 64), norm_groups=16)  # of celebahq's depth, for a CPU
+# On a CPU, and on a GPU.
+BATCH_SIZES = {"mnist-tiny": (8, 8), "mnist-small": (64, 64), "mnist": (16, 128), "celebahq": (8, 16)}
 NAIVE, LITERAL, KNOWN = "naive_deletion", "siss literal", "siss, c known"
+DEFAULTS = Settings()
 STEPS = [NAIVE, LITERAL, "siss", KNOWN, "siss_no_is", "erasediff", "neggrad"]
 
 
 class Workload:
     """One network with its pictures and optimizer, ready to step.
 
-    The learning rate is 0: a step is as much work as any, and leaves the network to the next method as it was.
+    The learning rate is 0: a step is as much work as any, and leaves the network as it was.
     """
 
     def __init__(self, args: Namespace, preset: str, world: World = ALONE) -> None:
         self.device, self.seed, self.world = pick_device(args.device), args.seed, world
         on_gpu = self.device.type != "cpu"
-        self.config = UNetConfig(**PRESETS[preset]["unet"] | (SLIM if preset == "celebahq" and not on_gpu else {}))
+        slim = SLIM if preset == "celebahq" and not on_gpu else {}
+        self.config = UNetConfig(**PRESETS[preset]["unet"] | slim)
         self.batch_size = args.batch_size or BATCH_SIZES[preset][on_gpu]
         images, k = pictures(self.config, args.data_root)
         self.data = TrainingSet(images.to(self.device), k, world=world)
@@ -53,16 +54,17 @@ class Workload:
         other.predict = at_precision(self.model, self.device, precision, compiled)
         return other
 
-    def terms(self, name: str, round: int, settings: Settings = Settings()) -> Terms:  # noqa: B008: it is frozen
-        """What a method makes of the round's batch: timesteps, noise and coins are the same for all methods."""
+    def terms(self, name: str, round: int, settings: Settings = DEFAULTS) -> Terms:
+        """What a method makes of the round's batch: timesteps and noise are the same for all methods."""
         method, generator = METHODS[name], step_generator(self.seed, round, self.device)
-        batch = draw_batch(self.data, self.batch_size * self.world.size, self.schedule, generator, method.draw_x)
+        size = self.batch_size * self.world.size
+        batch = draw_batch(self.data, size, self.schedule, generator, method.draw_x)
         return method.terms(self.predict, batch, self.schedule, settings)
 
     def step(self, name: str, round: int) -> None:
-        """All of a step, as in unlearn.py: draw a batch, run the network, combine the gradients, run AdamW."""
-        settings = Settings(superfactor=9.0) if name == KNOWN else Settings()
+        """All of a step, as in unlearn.py: draw a batch, run the network, combine gradients, run AdamW."""
         method = "siss" if name in (LITERAL, KNOWN) else name
+        settings = Settings(superfactor=9.0) if name == KNOWN else DEFAULTS
         terms = self.terms(method, round, settings)
         if name == LITERAL:
             literal_step(terms, self.optimizer, settings)
@@ -74,14 +76,15 @@ class Workload:
         """The first `calls` steps of sampling a batch on every rank."""
         generator = step_generator(self.seed, round, self.device)
         shape = (self.batch_size, *self.config.image_shape)
-        self.world.gather(sample(self.predict, self.schedule, shape, steps=calls, eta=0.0, generator=generator))
+        images = sample(self.predict, self.schedule, shape, steps=calls, eta=0.0, generator=generator)
+        self.world.gather(images)
 
 
 def literal_gradients(terms: Terms, parameters: Gradient) -> tuple[Gradient, Gradient]:
-    """g_keep and g_forget as in the paper's code: one forward pass, two backward passes over its retained graph."""
+    """g_keep and g_forget as in the paper's code: one forward pass, two backward passes over its graph."""
     prediction = terms.keep.model(terms.keep.noisy, terms.keep.timesteps)
-    both = terms.keep, terms.forget
-    keep, forget = ((term.weight * squared_error(prediction, term.target)).mean() for term in both)
+    keep, forget = (
+        (term.weight * squared_error(prediction, term.target)).mean() for term in (terms.keep, terms.forget))
     return torch.autograd.grad(keep, parameters, retain_graph=True), torch.autograd.grad(forget, parameters)
 
 

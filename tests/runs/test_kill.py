@@ -15,10 +15,10 @@ from conftest import ROOT, few_steps
 import train_ddpm
 import unlearn
 from minisiss import errors, presets, sampling, unlearning  # noqa: F401
-from minisiss.machine import command_line  # noqa: F401
+from minisiss.machine import command_line
 from minisiss.metrics import forgetting  # noqa: F401
 from minisiss.report import pictures  # noqa: F401
-from minisiss.runs import checkpoint  # noqa: F401
+from minisiss.runs import checkpoint
 
 TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled", "--sample-every", 1000, "--save-every", 1)
 UNLEARN = ("--preset", "mnist-tiny", "--samples", 0, "--memory-timesteps", 500, "--save-every", 2)
