@@ -6,7 +6,6 @@
 """
 
 from argparse import Namespace
-from functools import partial
 
 from minisiss.errors import UserError
 from minisiss.machine.command_line import Parser, complain, filename, run
@@ -15,36 +14,22 @@ from minisiss.machine.command_line import Parser, complain, filename, run
 def main() -> int:
     args = parse_arguments()
     # torch takes seconds to import: only once the command line is known to be right.
+    from torchvision.utils import save_image
     from tqdm import tqdm
 
     from minisiss.machine.device import pick_device
     from minisiss.machine.ranks import start
-    from minisiss.metrics.quality import SPLITS
     from minisiss.report import comparison
-    from minisiss.report.evaluation import Evaluation, add_distances, find_run, one_model
+    from minisiss.report.evaluation import Evaluation, add_distances, find_runs, one_model
     from minisiss.runs.directory import new_directory, write_json
 
-    if args.runs and args.samples < SPLITS:
-        needs = f"an inception score over {SPLITS} splits needs at least {SPLITS}"
-        raise UserError(f"--samples {args.samples}: {needs}")
     device = pick_device(args.device)
     world = start(device)
-    # One broken run does not stop the others. Pictures are cropped to the size of the first model.
-    found, status = [] if args.runs else [one_model(args)], 0
-    shape = (1, 28, 28) if args.runs and args.data == "mnist" else None
-    for name in args.runs:
-        try:
-            one = world.on_rank_0(partial(find_run, name, args.memory_timesteps, shape))
-            if one:  # runs/*/ matches evaluations too
-                found.append(one)
-                shape = one.image_shape
-        except UserError as error:
-            status = 2
-            if world.rank == 0:
-                complain(error)
+    found, wrong = find_runs(args, world) if args.runs else ([one_model(args)], [])
+    for error in wrong if world.rank == 0 else ():  # one broken run does not stop the others
+        complain(error)
     if not found:
         raise UserError("nothing to measure: none of these directories holds a finished run of a script")
-
     evaluation = Evaluation(args, found[0].image_shape, device, world)
     out = world.on_rank_0(lambda: new_directory(args.out, "eval"))
     world.on_rank_0(lambda: write_json(out / "config.json", vars(args)))
@@ -54,9 +39,10 @@ def main() -> int:
         return 0  # any other status, and torchrun would end rank 0 before it has written the table
     add_distances(results, evaluation.features)
     comparison.write(out, results, args.memory_timesteps, evaluation.forgotten)
-    evaluation.save_samples(out / "samples.png")
+    if args.samples and not args.runs:
+        save_image(evaluation.first, out / "samples.png", nrow=16, normalize=True, value_range=(-1, 1))
     print(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    return status
+    return 2 if wrong else 0
 
 
 def parse_arguments() -> Namespace:

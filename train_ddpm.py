@@ -35,12 +35,11 @@ def main() -> int:
     data = load_training_set(args, model.config.image_shape, device, world)
     images = data.keep if args.exclude_forget else data.images
     average = copy.deepcopy(model).requires_grad_(False)
-    networks = world.parallel(model), average
-    predict, look = (at_precision(of, device, args.precision, args.compile) for of in networks)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    both = world.parallel(model), average
+    predict, look = (at_precision(of, device, args.precision, args.compile) for of in both)
+    optimizer, size = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True), args.batch_size
 
-    size, state = args.batch_size, State(model, average, optimizer, schedule)
-    with Loop(args, "train_ddpm.py", state, world) as loop:
+    with Loop(args, "train_ddpm.py", State(model, average, optimizer, schedule), world) as loop:
         for step in loop:
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
             generator = step_generator(args.seed, step, device)
@@ -56,10 +55,9 @@ def main() -> int:
             if loop.due(50):
                 loop.log(figures | {"lr": rate}, shown=("loss",))
             if loop.due(args.sample_every) and world.rank == 0:
-                path = loop.out / f"samples-{step + 1:06d}.png"
-                save_samples(path, look, schedule, images.shape, args.seed)
+                save_samples(loop.out, step + 1, look, schedule, images.shape, args.seed)
     if not loop.status:
-        print(f"done: {loop.path}, samples beside it; next: python eval.py --checkpoint {loop.path}")
+        print(f"done: {loop.path}; next: python eval.py --checkpoint {loop.path}")
     return loop.status
 
 

@@ -15,7 +15,6 @@ from minisiss.errors import UserError
 from minisiss.machine.command_line import Parser, batch_size, filename, number, positive, positive_int, run
 
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples"}
-SHOWN = ("ess_keep", "ess_forget", "c")  # on the bar
 
 
 def main() -> int:
@@ -32,7 +31,7 @@ def main() -> int:
     from minisiss.runs.loop import Loop, State
 
     # Load the model and the pictures. A copy of the model takes steps; the original becomes their average.
-    method, settings = chosen(args, unlearning)
+    method, settings, draw_x = chosen(args, unlearning)
     device = pick_device(args.device)
     world = start(device, args.batch_size)
     base = load_any(args.checkpoint, args.memory_timesteps, device)
@@ -50,25 +49,28 @@ def main() -> int:
     with loop:
         report.look(loop)
         for step in loop:
-            generator, draw_x = step_generator(args.seed, step, device), args.draw_x or method.draw_x
+            generator = step_generator(args.seed, step, device)
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, draw_x)
             terms = method.terms(predict, batch, schedule, settings)
             figures = unlearning.step(method, terms, optimizer, settings, gradient=gradient)
             unlearning.update_average(average, model, args.ema)
             loop.stepped()
             if loop.due(10):
-                report.warn(loop, loop.log(figures, SHOWN))
+                report.log(loop, figures)
             if loop.due(args.evaluate_every):
                 report.look(loop)
-    return loop.status or report.finish(loop)
+    if not loop.status:
+        report.finish(loop)
+    return loop.status
 
 
 def chosen(args: Namespace, unlearning) -> tuple:
-    """The method and its numbers. Raises UserError for a method that is not in the table."""
-    if args.method not in unlearning.METHODS:
+    """The method, its numbers, and where it draws x from. Raises UserError for a method not in the table."""
+    method = unlearning.METHODS.get(args.method)
+    if method is None:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
     numbers = {field.name: getattr(args, field.name) for field in fields(unlearning.Settings)}
-    return unlearning.METHODS[args.method], unlearning.Settings(**numbers)
+    return method, unlearning.Settings(**numbers), args.draw_x or method.draw_x
 
 
 def parse_arguments() -> Namespace:

@@ -1,4 +1,19 @@
-"""Comparing runs: which belong together, and the tables of them."""
+"""Comparing runs: which belong together, and the tables of them. The columns, as results.md explains them:
+
+Forgetting. *T-shirts*: the share of samples within an L2 distance of 10 of the T-shirt, with the interval of
+one run. *Memory*: the cosine similarity of the image to forget with itself, noised to that timestep and
+denoised, and *in dB* the peak signal-to-noise ratio; *kept* is that of kept pictures, where they are few
+enough to be remembered. *NLL*: the negative log-likelihood of the image to forget, in bits per dimension;
+higher is less likely.
+
+Quality. *Inception score* (higher is better) and *Fréchet distance* to MNIST's test digits (lower is
+better), with the digit classifier; the samples that are the T-shirt are *left out* of these two. *To
+retrained*: the Fréchet distance to the samples of the model trained without the T-shirt, none left out.
+
+±: over the runs of a row their standard deviation; for a single run, the standard error over the
+likelihood's probes and the deviation over the inception score's ten splits. A dash: not measurable, or
+nothing to compare with.
+"""
 
 import json
 from collections.abc import Callable
@@ -69,25 +84,24 @@ def table(groups: Groups, timestep: int) -> str:
         low, high = wilson_interval(rate * samples, samples)
         return f"{rate:.2%} ({low:.2%} to {high:.2%})"
 
-    def count(value: int | None) -> str:
-        return "—" if value is None else f"{value:,}"
-
-    def left_out(results: list[Results]) -> str:
-        return "—" if "left_out" not in results[0] else f"{sum(result['left_out'] for result in results):,}"
+    def total(name: str, runs: int | None = None) -> Callable[[list[Results]], str]:
+        """A column of whole numbers: the sum over the runs, or over the first so many."""
+        there = lambda results: results[0].get(name) is not None  # noqa: E731
+        return lambda results: f"{sum(r[name] for r in results[:runs]):,}" if there(results) else "—"
 
     now, kept = f"memory_{timestep}", f"kept_memory_{timestep}"
     columns: dict[str, Callable[[list[Results]], str]] = {
         "runs": lambda results: "—" if results[0]["steps"] is None else str(len(results)),
-        "steps": lambda results: count(results[0]["steps"]),
+        "steps": total("steps", 1),
         "seconds": lambda results: figure("seconds", ",.0f")(results).split(" ")[0],
-        "samples": lambda results: count(results[0].get("samples")),
+        "samples": total("samples", 1),
         "T-shirts (95% interval)": tshirt_rate,
         f"memory, t = {timestep}": figure("similarity", ".3f", part=now),
         "in dB": figure("psnr", ".1f", part=now),
         "kept, in dB": figure("psnr", ".1f", part=kept),
         "NLL, bits/dim": figure("nll", ".3f", "nll_error"),
         "inception score": figure("inception_score", ".3f", "inception_score_std"),
-        "left out": left_out,
+        "left out": total("left_out"),
         "Fréchet distance": figure("frechet", ".2f"),
         "to retrained": figure("to_retrained", ".2f"),
         "SSCD of memory": figure("copy_similarity", ".3f"),
@@ -130,7 +144,7 @@ def write(out: Path, results: list[Results], timesteps: list[int], forgotten: st
     compared = "losses" in results[0]
     if compared:
         losses = "Denoising loss, by tenths of the timesteps from the least noise to the most:"
-        text += f"\n{EXPLANATION}\n{losses}\n\n{table_of_losses(groups)}\n"
+        text += f"{__doc__.partition(':')[2]}\n{losses}\n\n{table_of_losses(groups)}\n"
     write_atomically(out / "results.md", lambda file: file.write(text.encode()))
     rows = {label: [result["run"] for result in members] for label, members in groups.items()}
     write_json(out / "results.json", {"rows": rows, "runs": results})
@@ -141,20 +155,3 @@ def write(out: Path, results: list[Results], timesteps: list[int], forgotten: st
             print("No pareto.png: it needs matplotlib (pip install matplotlib)")
         else:
             save_pareto(out / "pareto.png", groups, middle)
-
-
-EXPLANATION = """\
-Forgetting. *T-shirts*: the share of samples within an L2 distance of 10 of the T-shirt, with the interval of
-one run. *Memory*: the cosine similarity of the image to forget with itself, noised to that timestep and
-denoised, and *in dB* the peak signal-to-noise ratio; *kept* is that of kept pictures, where they are few
-enough to be remembered. *NLL*: the negative log-likelihood of the image to forget, in bits per dimension;
-higher is less likely.
-
-Quality. *Inception score* (higher is better) and *Fréchet distance* to MNIST's test digits (lower is
-better), with the digit classifier; the samples that are the T-shirt are *left out* of these two. *To
-retrained*: the Fréchet distance to the samples of the model trained without the T-shirt, none left out.
-
-±: over the runs of a row their standard deviation; for a single run, the standard error over the
-likelihood's probes and the deviation over the inception score's ten splits. A dash: not measurable, or
-nothing to compare with.
-"""

@@ -6,13 +6,13 @@ import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from minisiss.data.digits import ASSETS, BUNDLED, held_out_digits
@@ -96,6 +96,23 @@ def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] 
     return run
 
 
+def find_runs(args: Namespace, world: World) -> tuple[list[Run], list[UserError]]:
+    """The finished runs among the directories, and what is wrong with the others. Pictures come in the size
+    of the first model. Raises UserError where there are too few samples to compare runs."""
+    if args.samples < SPLITS:
+        needs = f"an inception score over {SPLITS} splits needs at least {SPLITS}"
+        raise UserError(f"--samples {args.samples}: {needs}")
+    found, wrong, shape = [], [], (1, 28, 28) if args.data == "mnist" else None
+    for name in args.runs:
+        try:
+            one = world.on_rank_0(partial(find_run, name, args.memory_timesteps, shape))
+            found += [one] if one else []  # runs/*/ matches evaluations too
+            shape = found[0].image_shape if found else shape
+        except UserError as error:
+            wrong.append(error)
+    return found, wrong
+
+
 class Evaluation:
     """What all runs are measured by. A look at one model takes less than a comparison of runs.
 
@@ -122,7 +139,6 @@ class Evaluation:
             real = draw(data.keep, args.samples, step_generator(args.seed, 0, device))
             self.kept_moments = moments(colour.inception_features(self.inception, real))
         self.features: list[Moments] = []  # of each run's samples, T-shirts included
-        self.first = torch.zeros(0)  # samples
 
     def measure(self, run: Run, say: Callable[[str], None]) -> Results:
         """Every metric of a run; `say` is told what is being measured."""
@@ -134,7 +150,7 @@ class Evaluation:
         samples = kept_samples(
             run, predict, base.schedule, args.samples, self.shape, steps=args.sampling_steps, eta=args.eta,
             seed=args.seed, precision=args.precision, world=self.world)
-        self.first = samples[:256]
+        self.first = samples[:256]  # for a picture
         if self.mnist and args.samples:
             copies = forgetting.is_copy(samples, self.originals[:1])
             found, count = int(copies.sum()), len(copies)
@@ -166,11 +182,6 @@ class Evaluation:
                     predict, base.schedule, images, LOSS_IMAGES, buckets=LOSS_BUCKETS, seed=args.seed)
                 for name, images in self.sets.items()}
         return result | {"settings": run.settings}
-
-    def save_samples(self, path: Path) -> None:
-        """A picture of the first samples of a look at one model."""
-        if not self.thorough and len(self.first):
-            save_image(self.first, path, nrow=16, normalize=True, value_range=(-1, 1))
 
 
 def kept_samples(run: Run, model: Model, schedule: NoiseSchedule, count: int,

@@ -20,12 +20,12 @@ Row = str | list[str] | tuple[str, Tensor]  # a line of text, a heading a column
 Memories = dict[int, tuple[Tensor, Tensor]]  # of each timestep, the noised images and the denoised ones
 
 
-def save_samples(path: Path, model: Model, schedule: NoiseSchedule, image_shape: Sequence[int],
+def save_samples(folder: Path, step: int, model: Model, schedule: NoiseSchedule, image_shape: Sequence[int],
                  seed: int) -> None:
-    """A sheet of 64 samples of a model. image_shape: […, C, H, W]."""
+    """A sheet of 64 samples of a model after a step. image_shape: […, C, H, W]."""
     generator = torch.Generator(schedule.gamma.device).manual_seed(seed)
     samples = sampling.sample(model, schedule, (64, *image_shape[-3:]), generator=generator)
-    save_image(samples, path, nrow=8, normalize=True, value_range=(-1, 1))
+    save_image(samples, folder / f"samples-{step:06d}.png", nrow=8, normalize=True, value_range=(-1, 1))
 
 
 def save_before_after(path: Path, before: Tensor, after: Tensor, tshirts: Tensor) -> None:

@@ -65,8 +65,9 @@ class BeforeAfter:
         one = self.forgotten[:1]
         self.strip[step] = torch.cat([self.recall(one, t)[1] for t in self.args.memory_timesteps])
 
-    def warn(self, loop: Loop, figures: dict[str, float]) -> None:
-        """Say once if hardly an image of a batch counts."""
+    def log(self, loop: Loop, figures: dict[str, Tensor]) -> None:
+        """Log a step's figures; say once if hardly an image of a batch counts."""
+        figures = loop.log(figures, shown=("ess_keep", "ess_forget", "c"))
         few = [name for name in ("ess_keep", "ess_forget") if figures.get(name, FEW) < FEW]
         if few and not self.warned:
             what = "a batch in which hardly one image counts; try --lam 0.5 or a larger --batch-size"

@@ -69,12 +69,11 @@ def save(path: Path | str, classifier: DigitClassifier, test_moments: Moments, a
 
 def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
-    words = "MNIST in torchvision's layout, downloaded if missing"
-    parser.add_argument("--data-root", type=filename, default="data", help=words)
+    parser.add_argument("--data-root", type=filename, default="data", help="MNIST, downloaded if missing")
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     root = parse_arguments().data_root
     digits, test = from_torchvision(MNIST, root), MNIST(root, train=False)
     began = time.perf_counter()
@@ -90,7 +89,6 @@ def main() -> int:
         "data": f"MNIST, {len(digits)} training digits", "torch": str(torch.__version__),
         "epochs": EPOCHS, "batch_size": BATCH_SIZE, "peak_lr": PEAK_LR, "shift": SHIFT, "seed": 0}
     save(BUNDLED_CLASSIFIER, classifier, moments(features), accuracy, made_by)
-    return 0
 
 
 if __name__ == "__main__":
