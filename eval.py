@@ -13,7 +13,7 @@ from minisiss.machine.command_line import Parser, complain, filename, run
 
 def main() -> int:
     args = parse_arguments()
-    # torch takes seconds to import: only once the command line is known to be right.
+    # These import torch, which takes seconds: only once the command line is known to be right.
     from torchvision.utils import save_image
     from tqdm import tqdm
 

@@ -16,8 +16,7 @@ MAY_CHANGE = {
 
 def main() -> int:
     args = parse_arguments()
-    # torch takes seconds to import: only once the command line is known to be right.
-    import torch
+    import torch  # takes seconds: only once the command line is known to be right
 
     from minisiss import unlearning
     from minisiss.data.training_set import draw, load_training_set, step_generator

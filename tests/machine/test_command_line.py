@@ -1,5 +1,6 @@
 """Every flag of every script, and what it says to what it does not take: one line, status 2, and nothing left behind."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from minisiss import errors, presets
+from minisiss import errors, presets, unet, unlearning
 from minisiss.machine import command_line
 
 SCRIPTS = ["train_ddpm", "unlearn", "eval", "minisiss.study.bench", "minisiss.study.train_classifier"]
@@ -228,6 +229,16 @@ def test_a_mistake_of_ours_is_not_passed_off_as_the_users():
 
     with pytest.raises(RuntimeError, match="shapes"):
         command_line.run(script)
+
+
+@pytest.mark.parametrize("script, module, record", [("unlearn", unlearning, "Settings"), ("train_ddpm", unet, "UNetConfig")])
+def test_a_field_is_declared_once_and_its_flag_comes_from_there(script, module, record):
+    found = command_line.declarations(module.__name__.removeprefix("minisiss."), record)
+    fields = dataclasses.fields(getattr(module, record))
+    assert {name: declared[-1] for name, declared in found.items()} == {field.name: field.default for field in fields}
+    flags = flags_of(script)
+    for name, (_, _, _, meaning, _) in found.items():
+        assert flags[f"--{name.replace('_', '-')}"].help == meaning
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
