@@ -2,7 +2,7 @@
 
     python eval.py --checkpoint runs/siss-1/model.pt --samples 4096     a quick look at one model
     python eval.py bundled runs/*/                                      every metric of every run, compared
-    python eval.py --preset faces-64 --forget 005735.jpg runs/*/        for models of pictures in a folder
+    python eval.py runs/*/ --preset faces-64 --forget 005735.jpg        for models of pictures in a folder
 """
 
 from argparse import Namespace

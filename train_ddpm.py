@@ -7,6 +7,7 @@
 import copy
 import math
 from argparse import Namespace
+from functools import partial
 
 from minisiss.machine.command_line import Parser, batch_size, number, positive, positive_int, run
 
@@ -34,8 +35,8 @@ def main() -> int:
     data = load_training_set(args, model.config.image_shape, device, world)
     images = data.keep if args.exclude_forget else data.images
     average = copy.deepcopy(model).requires_grad_(False)
-    both = world.parallel(model), average
-    predict, look = (at_precision(of, device, args.precision, args.compile) for of in both)
+    at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
+    predict, predict_average = at(world.parallel(model)), at(average)
     optimizer, size = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True), args.batch_size
 
     with Loop(args, "train_ddpm.py", State(model, average, optimizer, schedule), world) as loop:
@@ -48,13 +49,13 @@ def main() -> int:
             term = epsilon_matching(predict, x, world.share(timesteps), world.share(noise), schedule)
             (loss := term.per_image().mean()).backward()
             figures = unlearning.descend(optimizer, {"loss": world.mean(loss)})
-            # A young average forgets faster, or it would carry the untrained weights for long.
+            # A smaller decay at first, or the average would carry the untrained weights for long.
             unlearning.update_average(average, model, min(args.ema, (1 + step) / (10 + step)))
             loop.stepped()
             if loop.due(50):
                 loop.log(figures | {"lr": rate}, shown=("loss",))
             if loop.due(args.sample_every) and world.rank == 0:
-                save_samples(loop.out, step + 1, look, schedule, images.shape, args.seed)
+                save_samples(loop.out, step + 1, predict_average, schedule, images.shape, args.seed)
     if not loop.status:
         print(f"done: {loop.path}; next: python eval.py --checkpoint {loop.path}")
     return loop.status

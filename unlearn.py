@@ -29,20 +29,21 @@ def main() -> int:
     from minisiss.runs.checkpoint import load_any
     from minisiss.runs.loop import Loop, State
 
-    # Load the model and the pictures. A copy of the model takes steps; the original becomes their average.
+    # Load the model and the pictures. `model` takes the steps, `average` is the average of its weights.
     method, settings, draw_x = chosen(args, unlearning)
     device = pick_device(args.device)
     world = start(device, args.batch_size)
     base = load_any(args.checkpoint, args.memory_timesteps, device)
     model, average, schedule = copy.deepcopy(base.model), base.model.requires_grad_(False), base.schedule
     model.checkpoint_activations = args.checkpoint_activations
-    predict, look = (at_precision(of, device, args.precision, args.compile) for of in (model, average))
+    at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
+    predict, predict_average = at(model), at(average)
     data = load_training_set(args, model.config.image_shape, device, world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     part = math.ceil(args.batch_size / args.accumulate)
     gradient = partial(gradient_in_parts, micro_batch=part, world=world)
 
-    report = BeforeAfter(args, data, look, schedule, world)
+    report = BeforeAfter(args, data, predict_average, schedule, world)
     loop = Loop(args, "unlearn.py", State(model, average, optimizer, schedule), world, base=base.made_by)
     report.draw_before()
     with loop:
@@ -51,7 +52,7 @@ def main() -> int:
             generator = step_generator(args.seed, step, device)
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, draw_x)
             terms = method.terms(predict, batch, schedule, settings)
-            figures = unlearning.step(method, terms, optimizer, settings, gradient=gradient)
+            figures = unlearning.step(method, terms, optimizer, settings, gradient_of=gradient)
             unlearning.update_average(average, model, args.ema)
             loop.stepped()
             if loop.due(10):
@@ -81,14 +82,13 @@ def parse_arguments() -> Namespace:
     add("--checkpoint", type=filename, default="bundled",
         help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled'")
     parser.add_fields("unlearning", "Settings", one_of=("grad_ratio", "superfactor"))
-    add("--draw-x", choices=["all", "rest"], help="draw x from X or from X∖A (default: X for SISS)")
+    add("--draw-x", choices=["all", "rest"], help="draw x from X or from X∖A (default: by method)")
     add("--steps", type=positive_int, help="optimizer steps")
     add("--batch-size", type=batch_size, help="images a step, of all ranks together")
     add("--accumulate", type=positive_int, default=1,
-        help="parts in which a batch goes through the network: less memory, the same step")
+        help="parts of a batch, one after the other through the network: less memory, the same step")
     add("--lr", type=positive, help="learning rate of AdamW")
-    add("--ema", type=number(float, 0, 1), default=0.0,
-        help="decay of the averaged weights, which are looked at and kept; 0: the last ones")
+    add("--ema", type=number(float, 0, 1), default=0.0, help="decay of the average, which is kept; 0: none")
     add("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
     parser.add_sampling()
     parser.add_machine()

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisiss.schedule import Model, NoiseSchedule, per_image
+from minisiss.schedule import Model, NoiseSchedule, broadcast
 
-# An image whose weight in a term is below this adds nothing to that term's float32 gradient: it is left out.
+# An image whose weight in a term is below this is left out of the term's pass.
 NEGLIGIBLE = 1e-8
 # Weights saturate at e^40. Only λ = 0 or 1 gets there (else a weight is at most 1/λ or 1/(1−λ)), for an m_t
 # that its proposal never draws; sums and squares of weights stay finite in float32 there too.
@@ -41,8 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Term:
-    """weight · ‖target − ε_θ(noisy, t)‖² of each image of a batch; the network runs when `per_image` is
-    called.
+    """weight · ‖target − ε_θ(noisy, t)‖² of each image; the network runs when `per_image` is called.
 
     noisy, target: [B, C, H, W]; timesteps, weight: [B]. The weights do not depend on the network.
     """
@@ -62,10 +61,10 @@ class Term:
         """The loss of the images at these indices (by default all): [number of indices]."""
         if images is None:
             images = torch.arange(len(self.weight), device=self.weight.device)
-        return self.error(self.model(self.noisy[images], self.timesteps[images]), images)
+        return self.weighted_error(self.model(self.noisy[images], self.timesteps[images]), images)
 
-    def error(self, prediction: Tensor, images: Tensor) -> Tensor:
-        """The same, from what the network made of these images."""
+    def weighted_error(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """The loss of these images, given the network's prediction for them."""
         return self.weight[images] * squared_error(prediction, self.target[images])
 
 
@@ -92,12 +91,13 @@ class Difference:
     def per_image(self, images: Tensor) -> Tensor:
         """The difference of the losses of the images at these indices: [number of indices]."""
         prediction = self.keep.model(self.keep.noisy[images], self.keep.timesteps[images])
-        return self.keep.error(prediction, images) - self.c * self.forget.error(prediction, images)
+        keep, forget = (term.weighted_error(prediction, images) for term in (self.keep, self.forget))
+        return keep - self.c * forget
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a loss returns: descend on `keep`, ascend on `forget`; either may be absent."""
+    """What a loss returns, for the method's rule to combine; either term may be absent."""
 
     keep: Term | None = None
     forget: Term | None = None
@@ -115,8 +115,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 def epsilon_matching(model: Model, x: Tensor, timesteps: Tensor, noise: Tensor, schedule: NoiseSchedule,
                      weight: float = 1.0) -> Term:
-    """L_S = E ‖noise − ε_θ(m_t, t)‖² with m_t = γ_t x + σ_t noise and x from a set S (Ho et al. 2020, eq.
-    14)."""
+    """L_S = E ‖noise − ε_θ(m_t, t)‖² with m_t = γ_t x + σ_t noise, x from S (Ho et al. 2020, eq. 14)."""
     weights = torch.full((len(x),), weight, dtype=x.dtype, device=x.device)
     return Term(model, schedule.add_noise(x, noise, timesteps), timesteps, noise, weights)
 
@@ -137,15 +136,14 @@ def siss(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float) -> Ter
         keep:    n/(n−k) · w_x ‖ε_x − ε_θ(m_t, t)‖²,   ε_x = (m_t − γ_t x)/σ_t
         forget:  k/(n−k) · w_a ‖ε_a − ε_θ(m_t, t)‖²,   ε_a = (m_t − γ_t a)/σ_t
 
-    With x ~ X, E[keep − forget] = L_{X∖A} for every λ and every network; E[keep − (1+s) · forget] subtracts
-    more.
+    With x ~ X, E[keep − forget] = L_{X∖A} for every λ and network; E[keep − (1+s) · forget] subtracts more.
     """
     x, a, n, k = batch.x, batch.a, batch.n, batch.k
     gamma, sigma = schedule.gamma[batch.timesteps], schedule.sigma[batch.timesteps]
     m = sample_mixture(x, a, batch.noise, batch.pick, gamma, sigma, lam)
     w_x, w_a = importance_weights(m, x, a, gamma, sigma, lam)
-    epsilon_x = (m - per_image(gamma) * x) / per_image(sigma)
-    epsilon_a = (m - per_image(gamma) * a) / per_image(sigma)
+    epsilon_x = (m - broadcast(gamma) * x) / broadcast(sigma)
+    epsilon_a = (m - broadcast(gamma) * a) / broadcast(sigma)
     return Terms(
         keep=Term(model, m, batch.timesteps, epsilon_x, n / (n - k) * w_x),
         forget=Term(model, m, batch.timesteps, epsilon_a, k / (n - k) * w_a),
@@ -162,10 +160,9 @@ def siss_no_is(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
 
 
 def erasediff(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
-    """EraseDiff: keep L_{X∖A}; pull the prediction on the forget set to noise, ‖u − ε_θ(a_t, t)‖² with u ~
-    U(0, 1).
+    """EraseDiff: keep L_{X∖A}; pull the prediction on A to noise, ‖u − ε_θ(a_t, t)‖² with u ~ U(0, 1).
 
-    Here the forget term is descended on too, by its own rule: see `unlearning.erasediff_rule`.
+    The forget term is descended on too, by a rule of its own: see `unlearning.erasediff_rule`.
     """
     keep = epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule)
     a_t = schedule.add_noise(batch.a, batch.noise, batch.timesteps)
@@ -176,11 +173,10 @@ def sample_mixture(x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Ten
                    lam: float) -> Tensor:
     """m_t ~ q_λ = (1−λ) q(·|x) + λ q(·|a): m_t = γ_t · (x, or a where pick < λ) + σ_t · noise.
 
-    One noise tensor and one timestep serve both components. x, a, noise: [B, C, H, W]; pick, gamma, sigma:
-    [B].
+    One noise tensor and one timestep serve both. x, a, noise: [B, C, H, W]; pick, gamma, sigma: [B].
     """
-    chosen = torch.where(per_image(pick < lam), a, x)
-    return per_image(gamma) * chosen + per_image(sigma) * noise
+    chosen = torch.where(broadcast(pick < lam), a, x)
+    return broadcast(gamma) * chosen + broadcast(sigma) * noise
 
 
 def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Tensor,
@@ -191,18 +187,17 @@ def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Te
 
         w_x = 1/((1−λ) + λ e^Δ),   w_a = 1/((1−λ) e^−Δ + λ)
 
-    The two squared distances are large and nearly equal; their common part cancels on paper instead of in
-    float32: Δ = γ/σ² · ⟨x − a, γ (x + a)/2 − m⟩. The exponentials stay in log space, finite for every m and
-    λ.
+    The two squared distances are large and nearly equal; their common part cancels on paper, not in float32:
+    Δ = γ/σ² · ⟨x − a, γ (x + a)/2 − m⟩. The exponentials stay in log space, finite for every m and λ.
 
     m, x, a: [B, C, H, W]; gamma, sigma, w_x, w_a: [B]. Raises ValueError unless 0 ≤ λ ≤ 1.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
-    middle = per_image(gamma) * ((x + a) / 2)
+    middle = broadcast(gamma) * ((x + a) / 2)
     delta = gamma / sigma**2 * ((x - a) * (middle - m)).flatten(1).sum(dim=1)
-    log_x = torch.full_like(delta, math.log1p(-lam) if lam < 1 else -math.inf)  # log(1−λ)
-    log_a = torch.full_like(delta, math.log(lam) if lam > 0 else -math.inf)
-    log_w_x = -torch.logaddexp(log_x, log_a + delta)
-    log_w_a = -torch.logaddexp(log_x - delta, log_a)
+    log_1_minus_lam = torch.full_like(delta, math.log1p(-lam) if lam < 1 else -math.inf)
+    log_lam = torch.full_like(delta, math.log(lam) if lam > 0 else -math.inf)
+    log_w_x = -torch.logaddexp(log_1_minus_lam, log_lam + delta)
+    log_w_a = -torch.logaddexp(log_1_minus_lam - delta, log_lam)
     return log_w_x.clamp(max=MAX_LOG_WEIGHT).exp(), log_w_a.clamp(max=MAX_LOG_WEIGHT).exp()

@@ -5,11 +5,11 @@ declared there, and "train"), of unlearn.py ("unlearn", and "unlearn METHOD" whe
 values), of eval.py ("eval"), or of all three ("data").
 """
 
-# As in most published DDPMs of recent years. celebahq has the values of Ho et al.'s.
+# As in most published DDPMs of recent years; celebahq keeps Ho et al.'s values.
 RECENT = dict(norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0)
 
 PRESETS: dict[str, dict[str, dict]] = {
-    # Small enough to train on two CPU cores in about an hour; the bundled model.
+    # The bundled model: small enough to train on two CPU cores in an hour or two.
     "mnist-small": {
         "unet": RECENT | dict(channels=(24, 48, 96), layers_per_block=1, attention_levels=(), norm_groups=8),
         "train": dict(steps=14_000, batch_size=64, lr=1e-3, warmup=500, ema=0.999),

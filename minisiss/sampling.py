@@ -7,7 +7,7 @@ from minisiss.schedule import Model, NoiseSchedule
 
 
 def timestep_sequence(first: int, steps: int) -> list[int]:
-    """At most `steps` timesteps spread evenly from `first` down to 0, both included."""
+    """At most `steps` timesteps spread evenly from `first` down to 0, both included (one alone: `first`)."""
     return torch.linspace(first, 0, min(steps, first + 1), dtype=torch.float64).round().long().tolist()
 
 
@@ -30,17 +30,18 @@ def denoise_from(model: Model, schedule: NoiseSchedule, noisy: Tensor, timestep:
     times = timestep_sequence(timestep, steps)
     x = noisy
     for t, following in zip(times, [*times[1:], None], strict=True):
-        alpha = schedule.alphas_cumprod[t]
-        alpha_next = torch.ones_like(alpha) if following is None else schedule.alphas_cumprod[following]
+        alpha_bar = schedule.alphas_cumprod[t]
+        last = following is None
+        alpha_bar_next = torch.ones_like(alpha_bar) if last else schedule.alphas_cumprod[following]
         noise = model(x, torch.full((len(x),), t, device=x.device))
-        x0 = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        x0 = (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
         if clip:
             x0 = x0.clamp(-1, 1)
-            noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()  # which leads from the clipped x0 to x
-        s = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
-        x = alpha_next.sqrt() * x0 + (1 - alpha_next - s**2).clamp(min=0).sqrt() * noise
-        if eta > 0 and following is not None:
-            x = x + s * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            noise = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()  # which agrees with the clipped x0
+        std = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
+        x = alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next - std**2).clamp(min=0).sqrt() * noise
+        if eta > 0 and not last:
+            x = x + std * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return x
 
 

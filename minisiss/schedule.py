@@ -10,7 +10,7 @@ from torch import Tensor
 Model = Callable[[Tensor, Tensor], Tensor]  # ε_θ: (x: [B, C, H, W], timesteps: [B]) -> noise: [B, C, H, W]
 
 
-def per_image(values: Tensor) -> Tensor:
+def broadcast(values: Tensor) -> Tensor:
     """Shape one number an image, [B], so that it multiplies images: [B, 1, 1, 1]."""
     return rearrange(values, "b -> b 1 1 1")
 
@@ -55,4 +55,4 @@ class NoiseSchedule:
 
     def add_noise(self, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """m_t = γ_t x + σ_t noise, with x, noise: [B, C, H, W] and timesteps: [B] int."""
-        return per_image(self.gamma[timesteps]) * x + per_image(self.sigma[timesteps]) * noise
+        return broadcast(self.gamma[timesteps]) * x + broadcast(self.sigma[timesteps]) * noise

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MOST_LEVELS = 13  # which is 4096 = 2^12 pixels halved down to one
+MOST_LEVELS = 13  # 4096 pixels can be halved 12 times
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class UNetConfig:
     """Everything that fixes the shape of a `UNet`; the later fields are where published DDPMs differ.
 
     Of each field: its type, the least and the most it may be, as configs come in files that anyone may have
-    made, and its meaning. Raises ValueError for values that are none, or that do not fit together.
+    made, and its meaning. Raises ValueError for invalid values, and for those that do not fit together.
     """
 
     image_size: Annotated[int, 1, 4096, "pixels of a side"] = 28
@@ -30,7 +30,7 @@ class UNetConfig:
     norm_groups: Annotated[int, 1, 4096, "groups of GroupNorm"] = 32
     norm_eps: Annotated[float, 1e-12, 1.0, "ε of GroupNorm"] = 1e-6
     downsample_padding: Annotated[int, 0, 1, "1: symmetric; 0: below and to the right (Ho et al.)"] = 1
-    flip_sin_to_cos: Annotated[bool, 0, True, "time embedding: 0: [sin, cos]; 1: [cos, sin]"] = False
+    flip_sin_to_cos: Annotated[bool, 0, 1, "time embedding: 0: [sin, cos]; 1: [cos, sin]"] = False
     freq_shift: Annotated[int, 0, 1, "time embedding: frequencies 10000^(−i / (half − freq_shift))"] = 1
 
     @property
@@ -63,12 +63,13 @@ def expected(name: str, value: Any) -> str | None:
     several, optional = get_origin(kind) is tuple, type(None) in get_args(kind)
     if several and not (isinstance(value, (list, tuple)) and len(value) <= MOST_LEVELS):
         return f"a list, of at most {MOST_LEVELS}"
-    types = type(low), type(high)  # True is no number of channels, and 3.0 no number of blocks
-    if all(type(one) in types and low <= one <= high for one in (value if several else [value])):
+    types = (bool, int) if kind is bool else (type(low),)  # True is no number of channels, 3.0 none of blocks
+    values = value if several else [value]
+    if (optional and value is None) or all(type(one) in types and low <= one <= high for one in values):
         return None
     number = "a number" if kind is float else "a list of integers" if several else "an integer"
-    words = f"{low} or {high}" if types == (int, int) and high == 1 else f"{number} from {low} to {high}"
-    return words if not optional else None if value is None else f"null or {words}"
+    words = f"{low} or {high}" if high == 1 and kind is not float else f"{number} from {low} to {high}"
+    return f"null or {words}" if optional else words
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
@@ -120,8 +121,8 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v, [B, heads, N, d] each."""
     if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
-        # On a CPU torch's fused kernel gains nothing from bf16 and takes twice as long on the way back. This
-        # keeps [B, heads, N, N] for the way back: not for larger pictures.
+        # On a CPU torch's fused kernel gains nothing from bf16, and its backward pass takes twice as long.
+        # But this keeps [B, heads, N, N] for the backward pass: not for larger pictures.
         return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -158,11 +159,11 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # compute what lies inside the blocks again on the way back
+        self.checkpoint_activations = False  # recompute the blocks in the backward pass
         channels, levels = config.channels, range(len(config.channels))
         time_channels = 4 * channels[0]
 
-        def block(in_channels: int, level: int) -> nn.ModuleList:
+        def make_block(in_channels: int, level: int) -> nn.ModuleList:
             residual = ResidualBlock(in_channels, channels[level], time_channels, config)
             attends = level in config.attention_levels
             return nn.ModuleList([residual, Attention(channels[level], config) if attends else nn.Identity()])
@@ -177,7 +178,7 @@ class UNet(nn.Module):
         for level in levels:
             blocks = nn.ModuleList()
             for _ in range(config.layers_per_block):
-                blocks.append(block(width, level))
+                blocks.append(make_block(width, level))
                 skips.append(width := channels[level])
             last = level == levels[-1]
             if not last:
@@ -196,7 +197,7 @@ class UNet(nn.Module):
         for level in reversed(levels):
             blocks = nn.ModuleList()
             for _ in range(config.layers_per_block + 1):
-                blocks.append(block(width + skips.pop(), level))
+                blocks.append(make_block(width + skips.pop(), level))
                 width = channels[level]
             double = Upsample(width) if level > 0 else nn.Identity()
             self.up.append(nn.ModuleDict({"blocks": blocks, "upsample": double}))
@@ -209,7 +210,7 @@ class UNet(nn.Module):
         time = timestep_embedding(timesteps, config.channels[0], config.flip_sin_to_cos, config.freq_shift)
         time = self.time(time.to(self.conv_in.weight.dtype))
 
-        def block(residual: ResidualBlock, attention: nn.Module, h: Tensor) -> Tensor:
+        def run_block(residual: ResidualBlock, attention: nn.Module, h: Tensor) -> Tensor:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 return checkpoint(lambda h, time: attention(residual(h, time)), h, time, use_reentrant=False)
             return attention(residual(h, time))
@@ -218,18 +219,19 @@ class UNet(nn.Module):
         skips = [h]
         for level in self.down:
             for residual, attention in level["blocks"]:
-                h = block(residual, attention, h)
+                h = run_block(residual, attention, h)
                 skips.append(h)
             if isinstance(level["downsample"], Downsample):
                 h = level["downsample"](h)
                 skips.append(h)
 
         first, attention, second = self.middle
-        h = block(second, nn.Identity(), block(first, attention, h))
+        h = run_block(first, attention, h)
+        h = run_block(second, nn.Identity(), h)
 
         for level in self.up:
             for residual, attention in level["blocks"]:
-                h = block(residual, attention, torch.cat([h, skips.pop()], dim=1))
+                h = run_block(residual, attention, torch.cat([h, skips.pop()], dim=1))
             h = level["upsample"](h)
 
         return self.conv_out(F.silu(self.norm_out(h)))

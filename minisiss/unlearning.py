@@ -17,7 +17,7 @@ from minisiss import losses
 from minisiss.losses import Batch, Difference, Term, Terms
 from minisiss.schedule import Model, NoiseSchedule
 
-Gradient = list[Tensor]  # one tensor a parameter
+Gradient = list[Tensor]  # one tensor for each of the parameters
 MAX_NORM = 1.0  # of the gradient that is stepped along
 
 
@@ -57,7 +57,7 @@ class Method:
     loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
     rule: Callable[[Gradient, Gradient, Settings], Tensor] = subtract  # c; unused by a loss of one term
     settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
-    draw_x: str = "all"  # the default of `draw_batch`
+    draw_x: str = "all"  # where `draw_batch` draws x from, unless it is told
 
     def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings) -> Terms:
         """What the loss makes of a batch."""
@@ -97,50 +97,52 @@ def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.G
     )
 
 
-def gradient(term: Term | Difference, parameters: Gradient) -> tuple[Tensor, Gradient]:
-    """The mean of a term over its batch, and the gradient of that; the images that count take the pass."""
-    counts = term.counts
+def gradient(term: Term | Difference, parameters: list[Tensor]) -> tuple[Tensor, Gradient]:
+    """The mean of a term over its batch, and the gradient of that. Only images that count need the
+    network."""
+    counts, batch_size = term.counts, len(term.counts)
     if not counts.any():
         return torch.zeros((), device=counts.device), [torch.zeros_like(p) for p in parameters]
-    loss = term.per_image(counts.nonzero()[:, 0]).sum() / len(counts)
+    loss = term.per_image(counts.nonzero()[:, 0]).sum() / batch_size
     return loss.detach(), list(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
 
 def step(method: Method, terms: Terms, optimizer: torch.optim.Optimizer, settings: Settings, *,
-         gradient: Callable[..., tuple[Tensor, Gradient]] = gradient) -> dict[str, Tensor]:
+         gradient_of: Callable[..., tuple[Tensor, Gradient]] = gradient) -> dict[str, Tensor]:
     """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`.
 
-    Where c is known beforehand, one pass through the network gives g. Where a rule takes it from the two
-    gradients, each term has a pass of its own, over the images that count in it. Returns the step's figures
-    as scalar tensors. Raises FloatingPointError when a loss, an importance weight or a gradient is not
-    finite, leaving the parameters as they were, and when a parameter is not finite after the step.
+    Where c is known beforehand and both terms are of the same noisy images, one pass through the network
+    gives g. Else each term has a pass of its own, over the images that count in it. Returns the step's
+    figures as scalar tensors. Raises FloatingPointError when a loss, an importance weight or a gradient is
+    not finite, leaving the parameters as they were, and when a parameter is not finite afterwards.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    figures = health(terms)
+    parameters = parameters_of(optimizer)
+    figures = weight_figures(terms)
     if terms.forget is None:
-        figures["loss_keep"], g = gradient(terms.keep, parameters)
+        figures["loss_keep"], g = gradient_of(terms.keep, parameters)
     elif terms.keep is None:
-        figures["loss_forget"], g_forget = gradient(terms.forget, parameters)
+        figures["loss_forget"], g_forget = gradient_of(terms.forget, parameters)
         g = [-f for f in g_forget]
     elif settings.known_c is not None and method.rule is subtract and terms.share_images:
-        figures["loss"], g = gradient(Difference(terms.keep, terms.forget, settings.known_c), parameters)
+        figures["loss"], g = gradient_of(Difference(terms.keep, terms.forget, settings.known_c), parameters)
     else:
-        figures["loss_keep"], g_keep = gradient(terms.keep, parameters)
-        figures["loss_forget"], g_forget = gradient(terms.forget, parameters)
+        figures["loss_keep"], g_keep = gradient_of(terms.keep, parameters)
+        figures["loss_forget"], g_forget = gradient_of(terms.forget, parameters)
         figures["c"] = c = method.rule(g_keep, g_forget, settings)
         figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
-        g = [k.sub_(c * f) for k, f in zip(g_keep, g_forget, strict=True)]  # in the memory of g_keep
+        # In the memory of g_keep.
+        g = [keep.sub_(c * forget) for keep, forget in zip(g_keep, g_forget, strict=True)]
     for parameter, direction in zip(parameters, g, strict=True):
         parameter.grad = direction
     return descend(optimizer, figures)
 
 
 def descend(optimizer: torch.optim.Optimizer, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Clip the gradient that the parameters hold and step along it; adds its norm to the figures.
+    """Clip the gradient that the parameters hold, and step along it; adds its norm to the figures.
 
     Raises FloatingPointError as `step` does.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
     finite = torch.stack(list(figures.values())).isfinite().tolist()
     if not all(finite):
@@ -153,24 +155,28 @@ def descend(optimizer: torch.optim.Optimizer, figures: dict[str, Tensor]) -> dic
     return figures
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All that an optimizer steps."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average ← decay · average + (1 − decay) · model, for every parameter."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def health(terms: Terms) -> dict[str, Tensor]:
-    """How many images count in each term of a batch, and the share of those that count in both."""
+def weight_figures(terms: Terms) -> dict[str, Tensor]:
+    """The effective sample size of each term's weights, and the share of images that count in both terms."""
     there = {name: term for name, term in vars(terms).items() if term}
     figures = {f"ess_{name}": effective_sample_size(term.weight) for name, term in there.items()}
-    if terms.keep and terms.forget:
+    if len(there) == 2:
         figures["overlap"] = (terms.keep.counts & terms.forget.counts).float().mean()
     return figures
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """(Σw)²/Σw²: how many images of equal weight would average as well (Kish 1965). 0 if all weights are
-    0."""
+    """(Σw)²/Σw²: how many images of equal weight would average as well (Kish 1965). 0 without weights."""
     return weight.sum().square() / weight.square().sum().clamp(min=1e-30)
 
 

@@ -87,7 +87,7 @@ def large_step(checkpoint_activations: bool) -> tuple[int, float, float]:
     began = time.monotonic()
     settings, gradient = unlearning.Settings(), partial(ranks.gradient_in_parts, micro_batch=1)
     terms = siss.terms(device.at_precision(model, cpu, "auto"), batch, schedule, settings)
-    unlearning.step(siss, terms, optimizer, settings, gradient=gradient)
+    unlearning.step(siss, terms, optimizer, settings, gradient_of=gradient)
     return sum(p.numel() for p in model.parameters()), time.monotonic() - began, bench.peak_bytes(cpu) / 1e9
 
 

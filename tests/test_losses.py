@@ -5,7 +5,7 @@ import torch
 
 from minisiss import losses
 from minisiss.losses import importance_weights, sample_mixture
-from minisiss.schedule import NoiseSchedule, per_image
+from minisiss.schedule import NoiseSchedule, broadcast
 
 SCHEDULE = NoiseSchedule.linear()
 LAMBDAS = [0.0, 1e-6, 0.5, 1 - 1e-6, 1.0]
@@ -24,13 +24,13 @@ def pictures(shape, dtype, seed=0):
 def noisy(x, timestep, seed=1):
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
     gamma, sigma = (values[torch.full((len(x),), timestep)].to(x.dtype) for values in (SCHEDULE.gamma, SCHEDULE.sigma))
-    return per_image(gamma) * x + per_image(sigma) * noise, gamma, sigma
+    return broadcast(gamma) * x + broadcast(sigma) * noise, gamma, sigma
 
 
 def literal_weights(m, x, a, gamma, sigma, lam):
     """The definition, in float64: a ratio of densities, each divided by the larger one."""
-    log_x = -(m - per_image(gamma) * x).square().flatten(1).sum(1) / (2 * sigma**2)
-    log_a = -(m - per_image(gamma) * a).square().flatten(1).sum(1) / (2 * sigma**2)
+    log_x = -(m - broadcast(gamma) * x).square().flatten(1).sum(1) / (2 * sigma**2)
+    log_a = -(m - broadcast(gamma) * a).square().flatten(1).sum(1) / (2 * sigma**2)
     largest = torch.maximum(log_x, log_a)
     q_x, q_a = (log_x - largest).exp(), (log_a - largest).exp()
     mixture = (1 - lam) * q_x + lam * q_a
@@ -87,7 +87,7 @@ def test_the_literal_formula_is_off_on_faces_where_ours_is_not():
     x, a = pictures((3, 256, 256), torch.float32)
     m, gamma, sigma = noisy(x, 990)
     exact = importance_weights(*(value.double() for value in (m, x, a, gamma, sigma)), 0.5)[0]
-    distance = lambda z: (m - per_image(gamma) * z).square().flatten(1).sum(1) / (2 * sigma**2)  # noqa: E731
+    distance = lambda z: (m - broadcast(gamma) * z).square().flatten(1).sum(1) / (2 * sigma**2)  # noqa: E731
     literal = 1 / (0.5 + 0.5 * (distance(x) - distance(a)).exp())
     ours = importance_weights(m, x, a, gamma, sigma, 0.5)[0]
     assert (literal - exact).abs().max() > 1e-3
@@ -116,8 +116,8 @@ def test_the_mixture_takes_a_where_pick_is_below_lambda():
     m = sample_mixture(x, a, noise, pick, gamma, sigma, 0.3)
     for i, source in enumerate([a, a, x, x]):
         assert torch.allclose(m[i], gamma[i] * source[i] + sigma[i] * noise[i])
-    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 0.0), per_image(gamma) * x + per_image(sigma) * noise)
-    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 1.0), per_image(gamma) * a + per_image(sigma) * noise)
+    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 0.0), broadcast(gamma) * x + broadcast(sigma) * noise)
+    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 1.0), broadcast(gamma) * a + broadcast(sigma) * noise)
 
 
 def test_the_network_runs_only_on_the_images_that_count_in_a_term():

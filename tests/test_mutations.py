@@ -1,6 +1,6 @@
 """Deliberate errors, one line each, and the tests that must notice them.
 
-Each row changes one place of a copy of the module and runs the tests it names on that copy; one that passes them all is
+Each row changes one place of a copy of the module and runs the tests below on that copy; one that passes them all is
 a hole in the tests. The names are functions of test_derivations.py and test_unlearning.py, with their arguments.
 """
 
@@ -36,11 +36,11 @@ LOSSES = [
     ("sign of Δ", "((x - a) * (middle - m))", "((a - x) * (middle - m))"),
     ("γ for σ in Δ", "gamma / sigma**2 *", "sigma / gamma**2 *"),
     ("σ for σ² in Δ", "gamma / sigma**2 *", "gamma / sigma *"),
-    ("no γ at the middle", "per_image(gamma) * ((x + a) / 2)", "(x + a) / 2"),
+    ("no γ at the middle", "broadcast(gamma) * ((x + a) / 2)", "(x + a) / 2"),
     ("λ for 1−λ", "math.log1p(-lam) if lam < 1", "math.log(lam) if lam > 0"),
     ("the mixture's λ for 1−λ", "pick < lam", "pick < 1 - lam"),
     ("x and a exchanged in the mixture", "a, x)\n", "x, a)\n"),
-    ("γ for σ in the mixture", "+ per_image(sigma) * noise\n\n\ndef importance", "+ per_image(gamma) * noise\n\n\ndef importance"),
+    ("γ for σ in the mixture", "+ broadcast(sigma) * noise\n\n\ndef importance", "+ broadcast(gamma) * noise\n\n\ndef importance"),
     ("no n/(n−k)", "n / (n - k) * w_x", "w_x"),
     ("no k/(n−k)", "k / (n - k) * w_a", "w_a"),
     ("n/(n−k) for k/(n−k)", "k / (n - k) * w_a", "n / (n - k) * w_a"),
@@ -49,11 +49,11 @@ LOSSES = [
     ("weights exchanged", "w_x, w_a = importance", "w_a, w_x = importance"),
     ("ε_a for ε_x", "epsilon_x, n / (n - k)", "epsilon_a, n / (n - k)"),
     ("ε_x for ε_a", "epsilon_a, k / (n - k)", "epsilon_x, k / (n - k)"),
-    ("targets exchanged", "epsilon_x = (m - per_image(gamma) * x)", "epsilon_x = (m - per_image(gamma) * a)"),
+    ("targets exchanged", "epsilon_x = (m - broadcast(gamma) * x)", "epsilon_x = (m - broadcast(gamma) * a)"),
     ("the drawn noise as kept target", "epsilon_x, n / (n - k)", "batch.noise, n / (n - k)"),
     ("the drawn noise as forgotten target", "epsilon_a, k / (n - k)", "batch.noise, k / (n - k)"),
-    ("γ for σ in ε_x", "x) / per_image(sigma)", "x) / per_image(gamma)"),
-    ("no γ in ε_a", "epsilon_a = (m - per_image(gamma) * a)", "epsilon_a = (m - a)"),
+    ("γ for σ in ε_x", "x) / broadcast(sigma)", "x) / broadcast(gamma)"),
+    ("no γ in ε_a", "epsilon_a = (m - broadcast(gamma) * a)", "epsilon_a = (m - a)"),
     ("naive deletion on A", "(model, batch.x, batch.timesteps, batch.noise, schedule))", "(model, batch.a, batch.timesteps, batch.noise, schedule))"),
     ("NegGrad on X", "forget=epsilon_matching(model, batch.a, batch.timesteps, batch.noise, schedule))", "forget=epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule))"),
     ("NegGrad descends", "Terms(forget=epsilon_matching", "Terms(keep=epsilon_matching"),
@@ -66,13 +66,13 @@ UNLEARNING = [
     ("ρ inverted", "settings.grad_ratio * norm(g_keep)", "1 / settings.grad_ratio * norm(g_keep)"),
     ("norms exchanged", "norm(g_keep) / norm(g_forget).clamp", "norm(g_forget) / norm(g_keep).clamp"),
     ("s for 1+s", "else 1 + self.superfactor", "else self.superfactor"),
-    ("forget gradient added", "k.sub_(c * f)", "k.add_(c * f)"),
+    ("forget gradient added", "keep.sub_(c * forget)", "keep.add_(c * forget)"),
     ("one pass with the forget term added", "terms.forget, settings.known_c)", "terms.forget, -settings.known_c)"),
     ("NegGrad descends", "g = [-f for f", "g = [f for f"),
     ("EraseDiff without its switch", "- agreement).clamp(min=0)", "- agreement)"),
     ("EraseDiff divides by the norm, not its square", "norm(g_forget).square().clamp", "norm(g_forget).clamp"),
     ("EraseDiff's forget term ascended", "return -(settings.erasediff_eta", "return (settings.erasediff_eta"),
-    ("the weighed images' mean instead of the batch's", ".sum() / len(counts)", ".mean()"),
+    ("the weighed images' mean instead of the batch's", ".sum() / batch_size", ".mean()"),
 ]  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def start(device: torch.device, batch_size: int = 0) -> World:
     return World(rank(), size, device)
 
 
-def gradient_in_parts(term: Term | Difference, parameters: Gradient, *, micro_batch: int | None = None,
+def gradient_in_parts(term: Term | Difference, parameters: list[Tensor], *, micro_batch: int | None = None,
                       world: World = ALONE) -> tuple[Tensor, Gradient]:
     """`unlearning.gradient` by parts of a batch: the same to rounding.
 

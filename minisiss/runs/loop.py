@@ -42,8 +42,8 @@ class Loop:
                     ...  # log, look
 
     It saves when that is due, and after the step in which Ctrl-C or SIGTERM comes, where it ends; a second
-    Ctrl-C ends it at once. A run to resume takes up its checkpoint on entering: until then `state` is as it
-    was before the run. FloatingPointError inside ends the run as Diverged, which names the last good
+    Ctrl-C ends it at once. A run to resume takes up its checkpoint on entering: until then the weights
+    are those before the run. FloatingPointError inside ends the run as Diverged, which names the last good
     checkpoint. Raises UserError where no directory can be made, or the run cannot be continued.
     """
 
@@ -88,7 +88,7 @@ class Loop:
             self.bar.update()
 
     def stepped(self) -> None:
-        """The step is taken: what follows until the next is no part of its time."""
+        """Count the step and stop its clock."""
         self.state.seconds += time.perf_counter() - self.began
         self.state.step += 1
         self.status = self.world.max(self.noted)  # one rank may have got it alone

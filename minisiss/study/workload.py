@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import resize
 
+from minisiss import unlearning
 from minisiss.data.digits import BUNDLED
 from minisiss.data.folder import ImageFolder
 from minisiss.data.training_set import TrainingSet, mnist_with_tshirt, step_generator
@@ -18,7 +19,7 @@ from minisiss.presets import PRESETS
 from minisiss.sampling import sample
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
-from minisiss.unlearning import METHODS, Gradient, Settings, descend, draw_batch, step, subtract
+from minisiss.unlearning import METHODS, Gradient, Settings
 
 SLIM = dict(channels=(16, 16, 32, 32, 64, 64), norm_groups=16)  # of celebahq's depth, for a CPU
 # On a CPU, and on a GPU.
@@ -58,7 +59,7 @@ class Workload:
         """What a method makes of the round's batch: timesteps and noise are the same for all methods."""
         method, generator = METHODS[name], step_generator(self.seed, round, self.device)
         size = self.batch_size * self.world.size
-        batch = draw_batch(self.data, size, self.schedule, generator, method.draw_x)
+        batch = unlearning.draw_batch(self.data, size, self.schedule, generator, method.draw_x)
         return method.terms(self.predict, batch, self.schedule, settings)
 
     def step(self, name: str, round: int) -> None:
@@ -70,7 +71,7 @@ class Workload:
             literal_step(terms, self.optimizer, settings)
         else:
             gradient = partial(gradient_in_parts, world=self.world)
-            step(METHODS[method], terms, self.optimizer, settings, gradient=gradient)
+            unlearning.step(METHODS[method], terms, self.optimizer, settings, gradient_of=gradient)
 
     def sample(self, calls: int, round: int) -> None:
         """The first `calls` steps of sampling a batch on every rank."""
@@ -90,12 +91,12 @@ def literal_gradients(terms: Terms, parameters: Gradient) -> tuple[Gradient, Gra
 
 def literal_step(terms: Terms, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
     """A step of SISS by `literal_gradients`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = unlearning.parameters_of(optimizer)
     g_keep, g_forget = literal_gradients(terms, parameters)
-    c = subtract(g_keep, g_forget, settings)
+    c = unlearning.subtract(g_keep, g_forget, settings)
     for parameter, k, f in zip(parameters, g_keep, g_forget, strict=True):
         parameter.grad = k - c * f
-    descend(optimizer, {})
+    unlearning.descend(optimizer, {})
 
 
 def pictures(config: UNetConfig, root: str | None) -> tuple[torch.Tensor | ImageFolder, int]:

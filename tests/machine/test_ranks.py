@@ -151,7 +151,7 @@ def work_together():
             pictures = training_set.TrainingSet(images, 3, world=world)
             batch = unlearning.draw_batch(pictures, size, SCHEDULE, torch.Generator().manual_seed(step), method.draw_x)
             settings, gradient = unlearning.Settings(), partial(ranks.gradient_in_parts, micro_batch=2, world=world)
-            figures = unlearning.step(method, method.terms(model, batch, SCHEDULE, settings), optimizer, settings, gradient=gradient)
+            figures = unlearning.step(method, method.terms(model, batch, SCHEDULE, settings), optimizer, settings, gradient_of=gradient)
             found[name, step] = {key: value.item() for key, value in figures.items()}
         found[name] = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     options = dict(seed=3, batch_size=3, steps=2, eta=1.0, world=world)
