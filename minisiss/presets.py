@@ -41,8 +41,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "eval": dict(checkpoint="ddpm-celebahq-256", draws=8, memory_timesteps=[250, 500]),
     },
     # A few dozen faces, few enough to memorise all of them on one CPU core in an hour. Small batches, as it
-    # is the number of steps that counts: 600 of 8 pictures remember better than 300 of 16, which cost the
-    # same.
+    # is the number of steps that counts: 600 of 8 pictures remember better than 300 of 16 of equal cost.
     "faces-64": {
         "data": dict(data="pictures", data_root="faces"),
         "unet": RECENT | dict(

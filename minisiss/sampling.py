@@ -16,8 +16,7 @@ def denoise_from(model: Model, schedule: NoiseSchedule, noisy: Tensor, timestep:
                  eta: float = 1.0, clip: bool = True, generator: torch.Generator | None = None) -> Tensor:
     """Draw images x_0 given their noisy state m_t at one timestep t = `timestep`.
 
-    With ᾱ and ᾱ' at one timestep and at the next lower one that is visited (Song et al. 2021a, eqs. 12 and
-    16):
+    With ᾱ and ᾱ' at one timestep and at the next lower one that is visited (Song et al. 2021a, 12 and 16):
 
         x̂_0 = (x − √(1−ᾱ) ε_θ) / √ᾱ                              (clipped to [−1, 1] if `clip`)
         x'  = √ᾱ' x̂_0 + √(1−ᾱ'−s²) ε + s z,   s² = η² · (1−ᾱ')/(1−ᾱ) · (1 − ᾱ/ᾱ'),   z ~ N(0, I)

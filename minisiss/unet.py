@@ -75,8 +75,8 @@ def expected(name: str, value: Any) -> str | None:
 def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
     """Sinusoids of the timestep, [B] -> [B, dim] (Vaswani et al. 2017, section 3.5; dim is even)."""
     half = dim // 2
-    exponents = torch.arange(half, device=timesteps.device) / (half - freq_shift)
-    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)
+    exponents = -math.log(10000) * torch.arange(half, device=timesteps.device) / (half - freq_shift)
+    angles = timesteps[:, None].float() * torch.exp(exponents)
     parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=1)
 
@@ -238,8 +238,7 @@ class UNet(nn.Module):
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Start a residual branch at zero, so that the untrained network is close to the identity (Ho et al.
-    2020)."""
+    """Start a residual branch at zero: the untrained network is near the identity (Ho et al. 2020)."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -3,7 +3,7 @@
     g = g_keep − c · g_forget
 
 with the gradients of its two terms (`minisiss.losses`) and a coefficient c by a rule of its own. Not here:
-parts of a batch and several devices; `machine.ranks.gradient_in_parts` puts those in the place of `gradient`.
+parts of a batch and several devices; `machine.ranks.gradient_in_parts` takes the place of `gradient` there.
 """
 
 from collections.abc import Callable
@@ -98,8 +98,7 @@ def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.G
 
 
 def gradient(term: Term | Difference, parameters: list[Tensor]) -> tuple[Tensor, Gradient]:
-    """The mean of a term over its batch, and the gradient of that. Only images that count need the
-    network."""
+    """The mean of a term over its batch, and its gradient. Only images that count need the network."""
     counts, batch_size = term.counts, len(term.counts)
     if not counts.any():
         return torch.zeros((), device=counts.device), [torch.zeros_like(p) for p in parameters]

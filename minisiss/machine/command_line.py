@@ -1,5 +1,4 @@
-"""What the scripts share on the command line. Imports no torch, so that --help and typing errors are
-instant."""
+"""What the scripts share on the command line. Imports no torch: --help and typing errors are instant."""
 
 import argparse
 import ast
@@ -80,8 +79,7 @@ def number(kind: type, low: float, high: float | None = None, *, open_low: bool 
 
 
 def filename(text: str) -> str:
-    """An argparse type: the name of a file or directory, which "" is not, and "-" elsewhere is standard
-    input."""
+    """An argparse type: the name of a file or directory. "" is none, and "-" is standard input elsewhere."""
     if text in ("", "-") or "\0" in text:
         raise argparse.ArgumentTypeError(f"'{text}' should be the name of a file or directory")
     return text
@@ -124,8 +122,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def add_preset(self, *parts: str) -> None:
-        """Add --preset. The values of the preset's `parts` become the defaults of the flags of the same
-        names."""
+        """Add --preset. The values in the preset's `parts` become defaults of the flags of these names."""
         self.preset_parts = parts
         self.add_argument("--preset", choices=PRESETS, default="mnist-small", help="defaults for other flags")
 
@@ -140,8 +137,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args()
 
     def add_fields(self, module: str, record: str, one_of: tuple[str, ...] = ()) -> None:
-        """A flag for each field of a dataclass, see `declarations`; of those in `one_of` only one may be
-        given."""
+        """A flag for each field of a dataclass, see `declarations`; of those in `one_of` one at most."""
         group = self.add_argument_group(f"{record} (minisiss/{module}.py)")
         either = self.add_mutually_exclusive_group() if one_of else group
         for name, (kind, least, most, meaning, default) in declarations(module, record).items():
@@ -185,8 +181,7 @@ class Parser(argparse.ArgumentParser):
         add("--resume", type=filename, metavar="DIR", help="continue the run in this directory")
 
     def settings(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The values of a config.json, each held against what its flag accepts. Raises UserError for
-        others."""
+        """The values of a config.json. Raises UserError for one that its flag does not accept."""
         flags = {flag.dest: flag for flag in self._actions if flag.dest not in ("help", "out", "resume")}
         found = {}
         for name, value in config.items():
@@ -207,8 +202,7 @@ class Parser(argparse.ArgumentParser):
     def parse_run(self, free: set[str]) -> argparse.Namespace:
         """Parse the command line of a script with --resume.
 
-        A resumed run's settings are those in its config.json; flags may restate them, and change those in
-        `free`.
+        A resumed run has the settings in its config.json; flags may restate them, and change those in `free`.
         """
         args = self.parse_args()
         if args.resume is None:

@@ -75,8 +75,7 @@ class World:
         return torch.cat(parts)
 
     def on_rank_0(self, function: Callable[[], T]) -> T:
-        """Call a function that writes on rank 0 alone. All ranks get what it returns, or raise its
-        UserError."""
+        """Call a function that writes on rank 0 alone. All ranks get what it returns, or its error."""
         if self.size == 1:
             return function()
         outcome = [None, None]
@@ -141,7 +140,6 @@ def gradient_in_parts(term: Term | Difference, parameters: list[Tensor], *, micr
 
 
 def leave() -> None:
-    """Part from the other ranks at the end of a run that went well. After a failure they might never
-    answer."""
+    """Part from the other ranks at the end of a run that went well. After a failure nobody may answer."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

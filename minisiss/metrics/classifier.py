@@ -45,8 +45,7 @@ def classify(classifier: DigitClassifier, images: Tensor, batch_size: int = 500)
 
 
 def load_classifier(path: Path | str = BUNDLED_CLASSIFIER) -> tuple[DigitClassifier, Moments]:
-    """The trained classifier, ready to classify, and the moments of its features of MNIST's 10,000 test
-    digits.
+    """The trained classifier, and the moments of its features of MNIST's 10,000 test digits.
 
     Raises UserError, naming the file, when it is not one of ours.
     """

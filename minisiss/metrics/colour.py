@@ -19,8 +19,7 @@ INCEPTION = (
 
 
 def load_torchscript(path: str, flag: str, source: str, device: torch.device | str) -> torch.jit.ScriptModule:
-    """Read a network that carries its own code. Raises UserError, saying where to get it, where there is
-    none."""
+    """Read a network that carries its own code. Raises UserError, with where to get it, if there is none."""
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: no such file; get it from {source}")
     try:
@@ -62,8 +61,7 @@ def copy_similarity(network: torch.jit.ScriptModule, images: Tensor, original: T
 
 @torch.inference_mode()
 def inception_features(network: torch.jit.ScriptModule, images: Tensor, batch_size: int = 32) -> Tensor:
-    """Features [N, D] of images [N, 1 or 3, H, W] in [−1, 1], whose Fréchet distance is the FID (Heusel et
-    al. 2017).
+    """Features [N, D] of images [N, 1 or 3, H, W] in [−1, 1], for the FID (Heusel et al. 2017).
 
     network: called as `network(uint8 images [B, 3, H, W], return_features=True)`, and resizing by itself, as
     the file that Karras et al. (2020) published does. Raises UserError when it cannot be called so.

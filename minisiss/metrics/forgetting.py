@@ -17,8 +17,7 @@ TSHIRT_DISTANCE = 10.0  # the paper's criterion for 28×28 pictures
 
 
 def is_copy(images: Tensor, original: Tensor, distance: float = TSHIRT_DISTANCE) -> Tensor:
-    """Which images lie within an L2 distance of the original, pixels in [0, 1]: [B] bool (the paper, section
-    5)."""
+    """Which images lie within an L2 distance of the original, pixels in [0, 1]: [B] bool (section 5)."""
     return ((images - original) / 2).flatten(1).norm(dim=1) < distance
 
 

@@ -79,8 +79,7 @@ def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor
     was trained: p is the density of images with the noise of t = 0, σ_0 = √β_0 (a grey level and a quarter).
 
     x, probes: [B, C, H, W]; `model` must accept real timesteps and be differentiable in x, in float32. The
-    default tolerance is worth 1e-3 bits per dimension. Raises ArithmeticError where the ODE could not be
-    solved.
+    default tolerance is worth 1e-3 bits per dimension. Raises ArithmeticError if it cannot be solved.
     """
     u = -torch.log1p(-schedule.betas.double()).cumsum(0).cpu().numpy()
     d = x[0].numel()
@@ -103,8 +102,7 @@ def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor
 
 def bits_per_dimension(model: Model, schedule: NoiseSchedule, image: Tensor, *, probes: int = 8,
                        seed: int = 0) -> tuple[float, float]:
-    """Negative log-likelihood of one image in bits per dimension, and the standard error that its probes
-    leave.
+    """Negative log-likelihood of one image in bits per dimension, and the standard error of its probes.
 
         −log2 p(x) / d + 7        with d = C·H·W
 

@@ -8,8 +8,7 @@ Moments = tuple[Tensor, Tensor]  # the mean [D] and the covariance [D, D] of a s
 
 
 def inception_score(probabilities: Tensor, splits: int = SPLITS) -> tuple[float, float]:
-    """exp E_x KL(p(y|x) ‖ p(y)), as its mean and standard deviation over splits (Salimans et al. 2016,
-    section 4).
+    """exp E_x KL(p(y|x) ‖ p(y)): mean and deviation over splits (Salimans et al. 2016, section 4).
 
     From 1, when every image gets the same distribution, to the number of classes, when each image is surely
     of one class and the classes are equally frequent. p(y) is the mean over the split.

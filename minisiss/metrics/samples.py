@@ -15,8 +15,7 @@ def draw_samples(model: Model, schedule: NoiseSchedule, count: int, image_shape:
                  title: str = "sampling") -> Tensor:
     """Draw `count` images in batches, each from noise that is a function of the seed and the batch's place.
 
-    The ranks take turns at the batches, and all get all of them, in order. Returns [count, C, H, W] uint8, on
-    CPU.
+    The ranks take turns at the batches, and all get all of them, in order. Returns [count, C, H, W] uint8.
     """
     device = schedule.gamma.device
     drawn = [torch.zeros(0, *image_shape, dtype=torch.uint8)]
