@@ -88,7 +88,7 @@ def parse_arguments() -> Namespace:
     add("--accumulate", type=positive_int, default=1,
         help="parts of a batch, one after the other through the network: less memory, the same step")
     add("--lr", type=positive, help="learning rate of AdamW")
-    add("--ema", type=number(float, 0, 1), default=0.0, help="decay of the average, which is kept; 0: none")
+    add("--ema", type=number(float, 0, 1), default=0.0, help="decay of the averaged weights; 0: the last")
     add("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
     parser.add_sampling()
     parser.add_machine()

@@ -23,10 +23,10 @@ class UNetConfig:
 
     image_size: Annotated[int, 1, 4096, "pixels of a side"] = 28
     image_channels: Annotated[int, 1, 4096, "1: grey, 3: colour"] = 1
-    channels: Annotated[tuple[int, ...], 1, 4096, "of each level, half as fine as the last"] = (64, 128, 256)
+    channels: Annotated[tuple[int, ...], 1, 4096, "channels of levels, each half as fine"] = (64, 128, 256)
     layers_per_block: Annotated[int, 1, 16, "residual blocks a level on the way down, one more going up"] = 2
     attention_levels: Annotated[tuple[int, ...], 0, 12, "levels with self-attention, the first is 0"] = (1,)
-    head_channels: Annotated[int | None, 1, 4096, "of an attention head; by default there is one"] = None
+    head_channels: Annotated[int | None, 1, 4096, "channels of an attention head; by default one head"] = None
     norm_groups: Annotated[int, 1, 4096, "groups of GroupNorm"] = 32
     norm_eps: Annotated[float, 1e-12, 1.0, "ε of GroupNorm"] = 1e-6
     downsample_padding: Annotated[int, 0, 1, "1: symmetric; 0: below and to the right (Ho et al.)"] = 1

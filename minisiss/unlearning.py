@@ -27,7 +27,7 @@ class Settings:
 
     lam: Annotated[float, 0, 1, "λ of the mixture: the share of noisy images made from A (siss)"] = 0.5
     grad_ratio: Annotated[float, 0, None, "ρ: norm of the subtracted gradient over the kept one's"] = 0.1
-    superfactor: Annotated[float | None, 0, None, "s: subtract (1+s) times, not by norms; 0: deletion"] = None
+    superfactor: Annotated[float | None, 0, None, "s: c = 1 + s instead of by norms; 0: deletion"] = None
     erasediff_eta: Annotated[float, 0, None, "η of EraseDiff's rule"] = 0.1
 
     @property

@@ -215,3 +215,21 @@ def test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set():
         assert drawn.timesteps.min() < 10 and drawn.timesteps.max() > 990
         assert drawn.pick.min() >= 0 and drawn.pick.max() < 1
     assert seen == {"all": set(range(10)), "rest": set(range(8))}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0, 2.0])
+def test_a_step_with_a_disturbance_below_the_gradients_norm_still_descends_and_no_other_is_promised_to(p):
+    """The paper's appendix "gradient clipping": ‖v‖ ≤ p ‖∇f‖ gives f(x') ≤ f(x) − (1 − p − ε) t ‖∇f‖²."""
+    smoothness, t = torch.tensor([3.0, 1.0, 0.2], dtype=torch.float64), 0.01  # f(x) = ½ Σ h x², whose L is 3
+    f = lambda x: 0.5 * (smoothness * x.square()).sum(-1)  # noqa: E731
+    epsilon = 3 * t / 2 + 3 * t * p + 3 * t * p**2 / 2
+    generator = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(1000, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    slope = smoothness * x
+    length = slope.norm(dim=1, keepdim=True)
+    worst, any_v = -p * slope, p * length * direction / direction.norm(dim=1, keepdim=True)
+    for v in (any_v, worst):
+        after, bound = f(x - t * (slope + v)), f(x) - (1 - p - epsilon) * t * length[:, 0] ** 2
+        assert (after <= bound + 1e-12).all()
+    falls = f(x - t * (slope + worst)) < f(x)
+    assert falls.all() if p < 1 else not falls.any()  # the norm rule with ρ < 1 is within the guarantee
