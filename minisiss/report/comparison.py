@@ -18,7 +18,7 @@ nothing to compare with.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median_high
 
 from minisiss.metrics.forgetting import wilson_interval
 from minisiss.report.evaluation import Results
@@ -137,7 +137,7 @@ def table_of_losses(groups: Groups) -> str:
 
 def write(out: Path, results: list[Results], timesteps: list[int], forgotten: str) -> None:
     """Write results.json, results.md and, with matplotlib, pareto.png; and print the table."""
-    groups, middle = group(results), sorted(timesteps)[len(timesteps) // 2]
+    groups, middle = group(results), median_high(timesteps)
     text = f"{table(groups, middle)}\n\nWhat comes back, as similarity and signal-to-noise ratio:\n\n"
     text += f"{table_of_memory(groups, timesteps, forgotten)}\n"
     print(f"\n{text}")

@@ -165,7 +165,7 @@ class Evaluation:
             result["fid"] = frechet_distance(seen, self.kept_moments)
 
         say(f"{run.name}: memory")
-        middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
+        middle = statistics.median_high(args.memory_timesteps)
         for t in tqdm(args.memory_timesteps, desc="noise and denoise", unit="timestep", leave=False):
             for name, images in self.remembered.items():
                 _, back = forgetting.noise_and_denoise(predict, base.schedule, images, t, args.seed)

@@ -1,6 +1,7 @@
 """What unlearn.py shows: samples and memory before and after, and what is remembered in between."""
 
 from argparse import Namespace
+from statistics import median_high
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class BeforeAfter:
         self.sets = {data.name: self.forgotten}
         if not self.mnist:  # a model of few pictures remembers those it keeps, one of many digits does not
             self.sets["kept pictures"] = data.kept()
-        self.middle = sorted(args.memory_timesteps)[len(args.memory_timesteps) // 2]
+        self.middle = median_high(args.memory_timesteps)
         self.strip: dict[int, Tensor] = {}
 
     def draw_before(self) -> None:
