@@ -1,7 +1,7 @@
 """Make a trained model forget the T-shirt and keep the digits, or a folder's pictures and keep the others.
 
     python unlearn.py                             the bundled model, by SISS
-    python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff
+    python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff, retrack
     python unlearn.py --preset celebahq --checkpoint ddpm-celebahq-256/ --data-root faces/ --forget 10000.jpg
 """
 
@@ -22,9 +22,11 @@ def main() -> int:
     import torch  # takes seconds: only once the command line is known to be right
 
     from minisiss import unlearning
+    from minisiss.data.neighbours import nearest_kept
     from minisiss.data.training_set import load_training_set, step_generator
     from minisiss.machine.device import at_precision, pick_device
     from minisiss.machine.ranks import gradient_in_parts, start
+    from minisiss.metrics.forgetting import look_alike_loss
     from minisiss.report.unlearned import BeforeAfter
     from minisiss.runs.checkpoint import load_any
     from minisiss.runs.loop import Loop, State
@@ -46,12 +48,16 @@ def main() -> int:
     report = BeforeAfter(args, data, predict_average, schedule, world)
     loop = Loop(args, "unlearn.py", State(model, average, optimizer, schedule), world, base=base.made_by)
     report.draw_before()
+    near = nearest_kept(data, settings.neighbours) if method.neighbours else None
+    ceiling = settings.ceiling * look_alike_loss(predict, schedule, data) if settings.ceiling else None
     with loop:
+        if ceiling is not None:
+            loop.log({"ceiling": ceiling[50::100]})  # of each tenth of the timesteps
         report.look(loop)
         for step in loop:
             generator = step_generator(args.seed, step, device)
-            batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, draw_x)
-            terms = method.terms(predict, batch, schedule, settings)
+            batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, draw_x, near)
+            terms = method.terms(predict, batch, schedule, settings, ceiling)
             figures = unlearning.step(method, terms, optimizer, settings, gradient_of=gradient)
             unlearning.update_average(average, model, args.ema)
             loop.stepped()
@@ -69,6 +75,8 @@ def chosen(args: Namespace, unlearning) -> tuple:
     method = unlearning.METHODS.get(args.method)
     if method is None:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
+    if args.ceiling and method.rule is not unlearning.subtract:
+        raise UserError(f"--ceiling {args.ceiling}: --method {args.method} subtracts nothing")
     numbers = {field.name: getattr(args, field.name) for field in fields(unlearning.Settings)}
     return method, unlearning.Settings(**numbers), args.draw_x or method.draw_x
 
@@ -78,7 +86,7 @@ def parse_arguments() -> Namespace:
     parser.add_preset("data", "unlearn")
     parser.add_data("bundled")
     add = parser.add_argument
-    add("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, or your own")
+    add("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, retrack; or yours")
     add("--checkpoint", type=filename, default="bundled",
         help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled'")
     parser.add_fields("unlearning", "Settings", one_of=("grad_ratio", "superfactor"))

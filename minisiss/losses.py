@@ -4,11 +4,12 @@ Notation: X is the training set (n images), A ⊂ X the forget set (k images), m
 q(m_t|x) = N(γ_t x, σ_t² I). All are sums of terms weight · ‖target − ε_θ(noisy image, t)‖², so a loss here
 says which noisy images, targets and weights; `Term` holds these. Not here: how the terms' gradients are
 combined (`unlearning.step`), and where x and a come from (`unlearning.draw_batch`). Papers: SISS is Alberti
-et al. (ICLR 2025); EraseDiff is Wu et al. (2024); ε-matching is Ho et al. (2020).
+et al. (ICLR 2025); EraseDiff is Wu et al. (2024); ReTrack is Shi et al. (AISTATS 2026); ε-matching is Ho et
+al. (2020).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Batch:
     x, a, noise, uniform: [B, C, H, W]; timesteps: [B] int; pick: [B].
     """
 
-    x: Tensor  # from X, or from X∖A: see `unlearning.draw_batch`
+    x: Tensor  # from where `x_from` says
     a: Tensor  # from A
     timesteps: Tensor
     noise: Tensor  # from N(0, I)
@@ -37,13 +38,28 @@ class Batch:
     uniform: Tensor  # from U(0, 1): EraseDiff's target
     n: int  # |X|
     k: int  # |A|
+    x_from: str = "all"  # "all": x ~ X; "rest": x ~ X∖A
+    neighbours: Tensor | None = None  # kept pictures near each a, for ReTrack: [1 or B, K, C, H, W]
+
+    @property
+    def prefactors(self) -> tuple[float, float, float]:
+        """Of the kept term, of the forget term, and the c at which keep − c · forget is naive deletion.
+
+            x ~ X:    n/(n−k) · keep − (1+s) · k/(n−k) · forget    (the paper's main text)
+            x ~ X∖A:            keep −    s  · k/(n−k) · forget    (its appendix A.1)
+
+        Both are L_{X∖A} − s · k/(n−k) · L_A, where `keep` and `forget` are means over x and over a.
+        """
+        n, k = self.n, self.k
+        return (n / (n - k), k / (n - k), 1.0) if self.x_from == "all" else (1.0, k / (n - k), 0.0)
 
 
 @dataclass(frozen=True)
 class Term:
-    """weight · ‖target − ε_θ(noisy, t)‖² of each image; the network runs when `per_image` is called.
+    """weight · min(‖target − ε_θ(noisy, t)‖², ceiling) of each image; `per_image` runs the network.
 
-    noisy, target: [B, C, H, W]; timesteps, weight: [B]. The weights do not depend on the network.
+    noisy, target: [B, C, H, W]; timesteps, weight, ceiling: [B]. The weights do not depend on the network.
+    Which images are above the ceiling does: those have no gradient any more.
     """
 
     model: Model
@@ -51,6 +67,7 @@ class Term:
     timesteps: Tensor
     target: Tensor
     weight: Tensor
+    ceiling: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -65,7 +82,10 @@ class Term:
 
     def weighted_error(self, prediction: Tensor, images: Tensor) -> Tensor:
         """The loss of these images, given the network's prediction for them."""
-        return self.weight[images] * squared_error(prediction, self.target[images])
+        error = squared_error(prediction, self.target[images])
+        if self.ceiling is not None:
+            error = error.clamp(max=self.ceiling[images])
+        return self.weight[images] * error
 
 
 @dataclass(frozen=True)
@@ -101,11 +121,20 @@ class Terms:
 
     keep: Term | None = None
     forget: Term | None = None
+    c_of_deletion: float = 0.0  # keep − c · forget is naive deletion at this c: see `Batch.prefactors`
 
     @property
     def share_images(self) -> bool:
         """Whether both terms are of the same noisy images."""
         return self.keep is not None and self.forget is not None and self.keep.noisy is self.forget.noisy
+
+    def below(self, ceiling: Tensor) -> "Terms":
+        """The same, but an image counts in the forget term only while its error is below the ceiling τ: [T].
+
+        Then E[forget] is k/(n−k) · E[min(‖ε_a − ε_θ‖², τ_t)], so that keep − c · forget is bounded from
+        below, unlike L_{X∖A} − s · k/(n−k) · L_A. Below τ nothing changes. Not in the paper.
+        """
+        return replace(self, forget=replace(self.forget, ceiling=ceiling[self.forget.timesteps]))
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -131,32 +160,30 @@ def neggrad(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
 
 
 def siss(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float) -> Terms:
-    """SISS, the paper's loss, from one noisy image m_t ~ q_λ:
+    """SISS, the paper's loss, from one noisy image m_t ~ q_λ. With x ~ X, and in brackets with x ~ X∖A:
 
-        keep:    n/(n−k) · w_x ‖ε_x − ε_θ(m_t, t)‖²,   ε_x = (m_t − γ_t x)/σ_t
-        forget:  k/(n−k) · w_a ‖ε_a − ε_θ(m_t, t)‖²,   ε_a = (m_t − γ_t a)/σ_t
+        keep:    n/(n−k) [1] · w_x ‖ε_x − ε_θ(m_t, t)‖²,   ε_x = (m_t − γ_t x)/σ_t
+        forget:  k/(n−k)     · w_a ‖ε_a − ε_θ(m_t, t)‖²,   ε_a = (m_t − γ_t a)/σ_t
 
-    With x ~ X, E[keep − forget] = L_{X∖A} for every λ and network; E[keep − (1+s) · forget] subtracts more.
+    E[keep − c · forget] is L_{X∖A} at c = 1 [0], for every λ and network; c = 1 + s [s] subtracts more.
     """
-    x, a, n, k = batch.x, batch.a, batch.n, batch.k
+    x, a = batch.x, batch.a
+    of_keep, of_forget, c = batch.prefactors
     gamma, sigma = schedule.gamma[batch.timesteps], schedule.sigma[batch.timesteps]
     m = sample_mixture(x, a, batch.noise, batch.pick, gamma, sigma, lam)
     w_x, w_a = importance_weights(m, x, a, gamma, sigma, lam)
     epsilon_x = (m - broadcast(gamma) * x) / broadcast(sigma)
     epsilon_a = (m - broadcast(gamma) * a) / broadcast(sigma)
-    return Terms(
-        keep=Term(model, m, batch.timesteps, epsilon_x, n / (n - k) * w_x),
-        forget=Term(model, m, batch.timesteps, epsilon_a, k / (n - k) * w_a),
-    )
+    keep = Term(model, m, batch.timesteps, epsilon_x, of_keep * w_x)
+    return Terms(keep, Term(model, m, batch.timesteps, epsilon_a, of_forget * w_a), c)
 
 
 def siss_no_is(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
-    """SISS without importance sampling, each term at its own noisy image: n/(n−k) · L_X and k/(n−k) · L_A."""
-    n, k = batch.n, batch.k
-    return Terms(
-        keep=epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule, n / (n - k)),
-        forget=epsilon_matching(model, batch.a, batch.timesteps, batch.noise, schedule, k / (n - k)),
-    )
+    """SISS without importance sampling: both terms with the same prefactors, each at its own noisy image."""
+    of_keep, of_forget, c = batch.prefactors
+    keep = epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule, of_keep)
+    forget = epsilon_matching(model, batch.a, batch.timesteps, batch.noise, schedule, of_forget)
+    return Terms(keep, forget, c)
 
 
 def erasediff(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
@@ -167,6 +194,38 @@ def erasediff(model: Model, batch: Batch, schedule: NoiseSchedule) -> Terms:
     keep = epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule)
     a_t = schedule.add_noise(batch.a, batch.noise, batch.timesteps)
     return Terms(keep, forget=Term(model, a_t, batch.timesteps, batch.uniform, torch.ones_like(keep.weight)))
+
+
+def retrack(model: Model, batch: Batch, schedule: NoiseSchedule, retrack_weight: float) -> Terms:
+    """ReTrack: (1−λ) L_{X∖A}, and λ times a pull of A's noisy images towards kept pictures near a.
+
+    λ is `retrack_weight`; E[keep + forget] is descended on. Needs batch.x from X∖A, and batch.neighbours.
+    """
+    keep = epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule, 1 - retrack_weight)
+    forget = epsilon_matching(model, batch.a, batch.timesteps, batch.noise, schedule, retrack_weight)
+    gamma, sigma = schedule.gamma[batch.timesteps], schedule.sigma[batch.timesteps]
+    return Terms(keep, replace(forget, target=ideal_noise(forget.noisy, batch.neighbours, gamma, sigma)))
+
+
+def ideal_noise(m: Tensor, points: Tensor, gamma: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that a model which knew only these points x_i would predict in m: Σ_i w_i v_i with
+
+        v_i = (m − γ x_i)/σ,   w = softmax_i(−‖v_i‖²/2)
+
+    It is the minimiser of L_S for the set S of the points. As for `importance_weights`, what ‖v_i‖² and
+    ‖v_0‖² have in common cancels on paper: w = softmax_i(γ/σ² · ⟨x_i − x_0, (m − γ x_0) − γ (x_i − x_0)/2⟩).
+
+    m: [B, C, H, W]; gamma, sigma: [B]; points: [B, K, C, H, W], those of each image, or [1, K, C, H, W], the
+    same for all, where this is a matrix product. Returns [B, C, H, W].
+    """
+    sets = len(points)
+    first, gamma, sigma = points[:, :1].flatten(2), gamma.view(sets, -1, 1), sigma.view(sets, -1, 1)
+    from_first = points.flatten(2) - first  # [sets, K, CHW]
+    rest = m.flatten(1).view(sets, -1, first.shape[-1]) - gamma * first  # [sets, images of each set, CHW]
+    with torch.autocast(m.device.type, enabled=False):  # bf16 cannot tell near points apart
+        inner = rest @ from_first.mT - gamma / 2 * from_first.square().sum(dim=-1)[:, None]
+        nearest = (gamma / sigma**2 * inner).softmax(dim=-1) @ from_first
+    return ((rest - gamma * nearest) / sigma).view_as(m)
 
 
 def sample_mixture(x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Tensor, sigma: Tensor,

@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             downsample_padding=0),
         "train": dict(steps=500_000, batch_size=64, lr=2e-5, warmup=5000, ema=0.9999),
         "unlearn": dict(
-            checkpoint="ddpm-celebahq-256", steps=60, batch_size=64, accumulate=4, lr=5e-6, draw_x="rest",
+            checkpoint="ddpm-celebahq-256", steps=60, batch_size=64, accumulate=4, lr=5e-6,
             evaluate_every=10, samples=64, draws=8, memory_timesteps=[250, 500]),
         "eval": dict(checkpoint="ddpm-celebahq-256", draws=8, memory_timesteps=[250, 500]),
     },
@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             attention_levels=(), norm_groups=8),
         "train": dict(steps=6500, batch_size=8, lr=1e-3, warmup=100, ema=0.999),
         "unlearn": dict(
-            checkpoint="runs/train-1/model.pt", steps=60, batch_size=16, lr=1e-4, ema=0.9, draw_x="rest",
+            checkpoint="runs/train-1/model.pt", steps=60, batch_size=16, lr=1e-4, ema=0.9,
             evaluate_every=10, samples=64, draws=8, memory_timesteps=[250, 500]),
         "eval": dict(checkpoint="runs/train-1/model.pt", draws=8, memory_timesteps=[250, 500]),
     },

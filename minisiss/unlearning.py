@@ -26,20 +26,16 @@ class Settings:
     """The numbers that the methods take. Of each: its type, the least and the most it may be, its meaning."""
 
     lam: Annotated[float, 0, 1, "λ of the mixture: the share of noisy images made from A (siss)"] = 0.5
-    grad_ratio: Annotated[float, 0, None, "ρ: norm of the subtracted gradient over the kept one's"] = 0.1
-    superfactor: Annotated[float | None, 0, None, "s: c = 1 + s instead of by norms; 0: deletion"] = None
+    grad_ratio: Annotated[float | None, 0, None, "ρ: norm of the subtracted gradient over the kept one's"] = 0.1
+    superfactor: Annotated[float | None, 0, None, "s: subtract s·k/(n−k)·L_A, not by norms"] = None
+    ceiling: Annotated[float, 0, None, "subtract an image up to this error, in units of τ; 0: always"] = 0.0
     erasediff_eta: Annotated[float, 0, None, "η of EraseDiff's rule"] = 0.1
-
-    @property
-    def known_c(self) -> float | None:
-        """c = 1 + s: where s is given, c is known before any gradient."""
-        return None if self.superfactor is None else 1 + self.superfactor
+    retrack_weight: Annotated[float, 0, 1, "λ of ReTrack: the weight of its forget term"] = 0.005
+    neighbours: Annotated[int, 0, None, "K of ReTrack: kept pictures near one to forget; 0: all"] = 10
 
 
 def subtract(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
-    """c = ρ ‖g_keep‖ / ‖g_forget‖ (the paper, section 5), or the c that is known."""
-    if settings.known_c is not None:
-        return torch.tensor(settings.known_c, device=g_keep[0].device)
+    """c = ρ ‖g_keep‖ / ‖g_forget‖ (the paper, section 5). Where s is given, c is known instead."""
     # A batch in which no image counts in the forget term has g_forget = 0, and c · 0 = 0 needs c finite.
     return settings.grad_ratio * norm(g_keep) / norm(g_forget).clamp(min=1e-30)
 
@@ -50,6 +46,11 @@ def erasediff_rule(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> 
     return -(settings.erasediff_eta - agreement).clamp(min=0)
 
 
+def add(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
+    """c = −1: what terms there are, are descended on."""
+    return -torch.ones((), device=g_keep[0].device)
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table of methods."""
@@ -57,33 +58,41 @@ class Method:
     loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
     rule: Callable[[Gradient, Gradient, Settings], Tensor] = subtract  # c; unused by a loss of one term
     settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
-    draw_x: str = "all"  # where `draw_batch` draws x from, unless it is told
+    draw_x: str = "rest"  # where `draw_batch` draws x from, unless it is told
+    neighbours: bool = False  # whether the loss needs batch.neighbours
 
-    def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings) -> Terms:
-        """What the loss makes of a batch."""
-        return self.loss(model, batch, schedule, **{name: getattr(settings, name) for name in self.settings})
+    def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings,
+              ceiling: Tensor | None = None) -> Terms:
+        """What the loss makes of a batch, the forget term only below a ceiling if there is one: [T]."""
+        terms = self.loss(model, batch, schedule, **{name: getattr(settings, name) for name in self.settings})
+        return terms if ceiling is None else terms.below(ceiling)
+
+    def known_c(self, terms: Terms, settings: Settings) -> float | None:
+        """c where it is known before any gradient: where the method subtracts, and s is given."""
+        if self.rule is not subtract or settings.superfactor is None:
+            return None
+        return terms.c_of_deletion + settings.superfactor
 
 
 # A new method is one function in the form of those in losses.py, and one line here.
 METHODS = {
     "siss": Method(losses.siss, settings=("lam",)),
     "siss_no_is": Method(losses.siss_no_is),
-    "naive_deletion": Method(losses.naive_deletion, draw_x="rest"),
+    "naive_deletion": Method(losses.naive_deletion, add),
     "neggrad": Method(losses.neggrad),
-    "erasediff": Method(losses.erasediff, erasediff_rule, draw_x="rest"),
+    "erasediff": Method(losses.erasediff, erasediff_rule),
+    "retrack": Method(losses.retrack, add, settings=("retrack_weight",), neighbours=True),
 }
 
 
 def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.Generator,
-               draw_x: str = "all") -> Batch:
+               draw_x: str = "rest", neighbours: Callable[[Tensor], Tensor] | None = None) -> Batch:
     """Draw everything that one step needs.
 
     data: a `TrainingSet`, or what has n, k and draw(part, size, generator) -> [size, C, H, W] in [−1, 1],
-    with the parts "all" for X, "rest" for X∖A and "forget" for A.
-
-    draw_x = "all" draws x ~ X: the paper's expectation, under which SISS at s = 0 is naive deletion. draw_x =
-    "rest" draws x ~ X∖A, as the paper's released code does, and as naive deletion and EraseDiff need. SISS at
-    s = 0 is then n/(n−k) · L_{X∖A} − k/(n−k) · L_A: it pushes away from A where naive deletion does not.
+    with the parts "all" for X, "rest" for X∖A and "forget" for A. draw_x: "all" draws x ~ X, the form of the
+    paper's main text; "rest" draws x ~ X∖A, that of its appendix A.1, which all but SISS need.
+    neighbours: gives `Batch.neighbours` for a batch of a.
     """
     x, a = data.draw(draw_x, size, generator), data.draw("forget", size, generator)
     kind = {"generator": generator, "device": x.device}
@@ -93,7 +102,8 @@ def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.G
         noise=torch.randn(x.shape, **kind),
         pick=torch.rand(size, **kind),
         uniform=torch.rand(x.shape, **kind),
-        n=data.n, k=data.k,
+        n=data.n, k=data.k, x_from=draw_x,
+        neighbours=neighbours(a) if neighbours else None,
     )
 
 
@@ -122,12 +132,13 @@ def step(method: Method, terms: Terms, optimizer: torch.optim.Optimizer, setting
     elif terms.keep is None:
         figures["loss_forget"], g_forget = gradient_of(terms.forget, parameters)
         g = [-f for f in g_forget]
-    elif settings.known_c is not None and method.rule is subtract and terms.share_images:
-        figures["loss"], g = gradient_of(Difference(terms.keep, terms.forget, settings.known_c), parameters)
+    elif (c := method.known_c(terms, settings)) is not None and terms.share_images:
+        figures["loss"], g = gradient_of(Difference(terms.keep, terms.forget, c), parameters)
     else:
         figures["loss_keep"], g_keep = gradient_of(terms.keep, parameters)
         figures["loss_forget"], g_forget = gradient_of(terms.forget, parameters)
-        figures["c"] = c = method.rule(g_keep, g_forget, settings)
+        c = method.rule(g_keep, g_forget, settings) if c is None else torch.tensor(c, device=g_keep[0].device)
+        figures["c"] = c
         figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
         # In the memory of g_keep.
         g = [keep.sub_(c * forget) for keep, forget in zip(g_keep, g_forget, strict=True)]
@@ -167,7 +178,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 def weight_figures(terms: Terms) -> dict[str, Tensor]:
     """The effective sample size of each term's weights, and the share of images that count in both terms."""
-    there = {name: term for name, term in vars(terms).items() if term}
+    there = {name: term for name, term in (("keep", terms.keep), ("forget", terms.forget)) if term}
     figures = {f"ess_{name}": effective_sample_size(term.weight) for name, term in there.items()}
     if len(there) == 2:
         figures["overlap"] = (terms.keep.counts & terms.forget.counts).float().mean()

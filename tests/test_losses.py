@@ -1,5 +1,7 @@
 """The importance weights and the mixture; what the losses add up to is in test_derivations.py."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from minisiss.losses import importance_weights, sample_mixture
 from minisiss.schedule import NoiseSchedule, broadcast
 
 SCHEDULE = NoiseSchedule.linear()
+SCHEDULE64 = NoiseSchedule(*(values.double() for values in vars(SCHEDULE).values()))
 LAMBDAS = [0.0, 1e-6, 0.5, 1 - 1e-6, 1.0]
 SHAPES = [(1, 28, 28), (3, 256, 256)]
 
@@ -137,3 +140,77 @@ def test_the_worked_example_by_hand():
     w_x, w_a = importance_weights(one(0.6), one(1.0), one(-1.0), gamma, sigma, 0.5)
     assert (w_x / w_a).log().item() == pytest.approx(1.125, rel=1e-5)
     assert (round(w_x.item(), 3), round(w_a.item(), 3)) == (1.510, 0.490) and (w_x + w_a).item() == pytest.approx(2)
+
+
+def spread(seed=0, size=6, count=5, pixels=4, near=1.0):
+    """Noisy images around points a, and points near them: m, points [size, count, …], timesteps, float64."""
+    rng = torch.Generator().manual_seed(seed)
+    a = torch.randn(size, 1, 1, pixels, generator=rng, dtype=torch.float64)
+    points = a[:, None] + near * torch.randn(size, count, 1, 1, pixels, generator=rng, dtype=torch.float64)
+    timesteps = torch.tensor([0, 50, 200, 400, 700, 999])
+    noise = torch.randn(a.shape, generator=rng, dtype=torch.float64)
+    return SCHEDULE64.add_noise(a, noise, timesteps), points, timesteps
+
+
+def slow_ideal_noise(m, points, gamma, sigma):
+    """Σ_i w_i v_i as it is written: v_i = (m − γ x_i)/σ, w = softmax_i(−‖v_i‖²/2), an image and a point at a time."""
+    out = []
+    for image, of_image, g, s in zip(m, points, gamma, sigma, strict=True):
+        residuals = [(image - g * point) / s for point in of_image]
+        logits = [-(residual.square().sum() / 2).item() for residual in residuals]
+        shares = [math.exp(logit - max(logits)) for logit in logits]
+        out.append(sum(share / sum(shares) * residual for share, residual in zip(shares, residuals, strict=True)))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("near", [1.0, 0.01])
+def test_the_ideal_noise_is_the_literal_sum(near):
+    m, points, timesteps = spread(near=near)
+    gamma, sigma = SCHEDULE64.gamma[timesteps], SCHEDULE64.sigma[timesteps]
+    literal = slow_ideal_noise(m, points, gamma, sigma)
+    assert (losses.ideal_noise(m, points, gamma, sigma) - literal).abs().max() < 1e-9
+    single = losses.ideal_noise(*(values.float() for values in (m, points, gamma, sigma)))
+    assert (single - literal).abs().max() < 1e-3 and single.isfinite().all()
+    # The same points for all images: a matrix product.
+    shared = losses.ideal_noise(m, points[:1], gamma, sigma)
+    assert (shared - slow_ideal_noise(m, points[:1].expand_as(points), gamma, sigma)).abs().max() < 1e-9
+
+
+def test_the_ideal_noise_of_one_point_leads_to_that_point():
+    m, points, timesteps = spread(count=1)
+    gamma, sigma = (values[timesteps].reshape(-1, 1, 1, 1) for values in (SCHEDULE64.gamma, SCHEDULE64.sigma))
+    noise = losses.ideal_noise(m, points, gamma.flatten(), sigma.flatten())
+    assert (((m - sigma * noise) / gamma - points[:, 0]).abs() / (sigma / gamma)).max() < 1e-9
+
+
+def test_the_ideal_noise_is_not_rounded_to_bf16():
+    m, points, timesteps = (values.float() if values.is_floating_point() else values for values in spread(near=0.01))
+    gamma, sigma = SCHEDULE64.gamma[timesteps].float(), SCHEDULE64.sigma[timesteps].float()
+    plain = losses.ideal_noise(m, points, gamma, sigma)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(losses.ideal_noise(m, points, gamma, sigma), plain)
+
+
+def test_retracks_gradient_is_that_of_the_weighted_errors_to_each_neighbour():
+    # The paper's L_unlearn = Σ_i w_i ‖v_i − ε_θ‖² differs from ‖Σ_i w_i v_i − ε_θ‖² by what does not depend on θ.
+    m, points, timesteps = spread()
+    gamma, sigma = SCHEDULE64.gamma[timesteps], SCHEDULE64.sigma[timesteps]
+    prediction = torch.randn(m.shape, dtype=torch.float64, requires_grad=True)
+    residuals = (m[:, None] - broadcast(gamma)[:, None] * points) / broadcast(sigma)[:, None]
+    shares = (-residuals.square().sum(dim=(2, 3, 4)) / 2).softmax(dim=1)
+    literal = (shares * (residuals - prediction[:, None]).square().sum(dim=(2, 3, 4))).sum()
+    ours = (losses.ideal_noise(m, points, gamma, sigma) - prediction).square().sum()
+    for g, h in zip(*(torch.autograd.grad(loss, prediction) for loss in (literal, ours)), strict=True):
+        assert (g - h).abs().max() < 1e-9
+
+
+def test_retracks_terms_weigh_l_unlearn_by_lambda_and_the_kept_loss_by_the_rest():
+    _, points, timesteps = spread()
+    x, a, noise = (torch.randn(6, 1, 1, 4, dtype=torch.float64) for _ in range(3))
+    batch = losses.Batch(x, a, timesteps, noise, torch.zeros(6), noise, 5, 2, "rest", points)
+    terms = losses.retrack(None, batch, SCHEDULE64, 0.2)
+    assert (terms.keep.weight == 0.8).all() and (terms.forget.weight == 0.2).all()
+    assert torch.equal(terms.keep.noisy, SCHEDULE64.add_noise(x, noise, timesteps)) and torch.equal(terms.keep.target, noise)
+    assert torch.equal(terms.forget.noisy, SCHEDULE64.add_noise(a, noise, timesteps))
+    literal = slow_ideal_noise(terms.forget.noisy, points, SCHEDULE64.gamma[timesteps], SCHEDULE64.sigma[timesteps])
+    assert (terms.forget.target - literal).abs().max() < 1e-9

@@ -20,7 +20,7 @@ from minisiss.runs import checkpoint, loop
 TINY_TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
 TINY_UNLEARN = ("--preset", "mnist-tiny")
 TINY_EVAL = ("--samples", 4, "--sampling-steps", 2, "--draws", 2, "--memory-timesteps", 500)
-METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff"]
+METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retrack"]
 
 
 def lines(path):

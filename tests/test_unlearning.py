@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from conftest import randomise
 
 from minisiss import losses, unlearning
+from minisiss.data.neighbours import nearest_kept
 from minisiss.data.training_set import TrainingSet
 from minisiss.losses import Term, Terms
 from minisiss.machine.ranks import gradient_in_parts
@@ -36,14 +38,15 @@ class TwoParameters(torch.nn.Module):
 
 def batch(seed=0, size=6, draw_x="all"):
     images = torch.randint(0, 256, (12, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return draw_batch(TrainingSet(images, 3), size, SCHEDULE, torch.Generator().manual_seed(seed), draw_x)
+    data, generator = TrainingSet(images, 3), torch.Generator().manual_seed(seed)
+    return draw_batch(data, size, SCHEDULE, generator, draw_x, nearest_kept(data, 4))
 
 
-def step(method, settings, seed=0):
+def step(method, settings, seed=0, draw_x="all"):
     """One SGD step at rate 1 on the two-parameter model: the gradients by hand, what was stepped along, the figures."""
     model = TwoParameters()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    terms = METHODS[method].terms(model, batch(seed), SCHEDULE, settings)
+    terms = METHODS[method].terms(model, batch(seed, draw_x=draw_x), SCHEDULE, settings)
     keep, forget = (model.gradient(term) if term else None for term in (terms.keep, terms.forget))
     old = [p.item() for p in model.parameters()]
     with pytest.MonkeyPatch.context() as patch:
@@ -73,11 +76,37 @@ def test_the_norm_rule_subtracts_a_fraction_of_the_kept_norm(method, rho):
     assert figures["norm_forget"].item() == pytest.approx(length(forget), rel=1e-4)
 
 
+@pytest.mark.parametrize("draw_x, c_of_deletion", [("all", 1), ("rest", 0)])
 @pytest.mark.parametrize("method", ["siss", "siss_no_is"])
 @pytest.mark.parametrize("s", [0.0, 5.0])
-def test_the_superfactor_subtracts_1_plus_s_times(method, s):
-    keep, forget, moved, _ = step(method, Settings(superfactor=s))
-    assert moved == combine(keep, forget, 1 + s)
+def test_the_superfactor_is_s_more_than_deletion(method, s, draw_x, c_of_deletion):
+    keep, forget, moved, _ = step(method, Settings(superfactor=s), draw_x=draw_x)
+    assert moved == combine(keep, forget, c_of_deletion + s)
+
+
+def test_retrack_descends_on_both_terms():
+    for s in (None, 5.0):  # it subtracts nothing, whatever s
+        keep, forget, moved, _ = step("retrack", Settings(superfactor=s))
+        assert moved == combine(keep, forget, -1)
+
+
+@pytest.mark.parametrize("superfactor", [None, 5.0], ids=["two passes", "one pass"])
+def test_images_above_the_ceiling_push_no_longer(superfactor):
+    model, drawn, settings = TwoParameters(), batch(size=40), Settings(superfactor=superfactor)
+    terms = METHODS["siss"].terms(model, drawn, SCHEDULE, settings)
+    error = losses.squared_error(model(terms.forget.noisy, drawn.timesteps), terms.forget.target).detach()
+    tau = error[terms.forget.counts].median() * 1.0001  # not at an error itself
+    ceiling = torch.full((1000,), tau.item())
+    terms = METHODS["siss"].terms(model, drawn, SCHEDULE, settings, ceiling)
+    assert 0 < (error[terms.forget.counts] > tau).float().mean() < 1
+    forget = model.gradient(replace(terms.forget, weight=terms.forget.weight * (error <= tau)))
+    keep, old = model.gradient(terms.keep), [p.item() for p in model.parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlearning, "MAX_NORM", 1e9)
+        figures = unlearning.step(METHODS["siss"], terms, torch.optim.SGD(model.parameters(), lr=1.0), settings)
+    moved = [before - p.item() for before, p in zip(old, model.parameters(), strict=True)]
+    c = 1 + superfactor if superfactor else figures["c"].item()
+    assert moved == combine(keep, forget, c)
 
 
 def test_naive_deletion_descends_and_neggrad_ascends():
@@ -137,7 +166,7 @@ def test_leaving_out_images_of_negligible_weight_changes_no_gradient(lam, config
     config = UNetConfig(**{**dict(channels=(8, 16), norm_groups=4, layers_per_block=1, attention_levels=()), **config})
     model = randomise(UNet(config))
     images = torch.randint(0, 256, (8, config.image_channels, config.image_size, config.image_size), dtype=torch.uint8)
-    drawn = draw_batch(TrainingSet(images, 1), 4, SCHEDULE, torch.Generator().manual_seed(0))
+    drawn = draw_batch(TrainingSet(images, 1), 4, SCHEDULE, torch.Generator().manual_seed(0), "all")
     terms = losses.siss(model, drawn, SCHEDULE, lam)
     parameters = list(model.parameters())
     # In one part, and in two parts of two images: accumulation is the same sum.

@@ -111,12 +111,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Instead(argparse.Action):
+    """Store the value of one of several flags, and None for the others, which may have one by preset."""
+
+    def __call__(self, parser: "Parser", namespace: argparse.Namespace, value: Any, _: str) -> None:
+        for name in parser.one_of:
+            setattr(namespace, name, value if name == self.dest else None)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows defaults and raises UserError for what it does not accept."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
         self.preset_parts: tuple[str, ...] = ()
+        self.one_of: tuple[str, ...] = ()  # flags that take the place of each other
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see --help)")
@@ -138,13 +147,15 @@ class Parser(argparse.ArgumentParser):
 
     def add_fields(self, module: str, record: str, one_of: tuple[str, ...] = ()) -> None:
         """A flag for each field of a dataclass, see `declarations`; of those in `one_of` one at most."""
+        self.one_of = one_of
         group = self.add_argument_group(f"{record} (minisiss/{module}.py)")
         either = self.add_mutually_exclusive_group() if one_of else group
         for name, (kind, least, most, meaning, default) in declarations(module, record).items():
             many = "*" if least == 0 else "+"
             (either if name in one_of else group).add_argument(
                 f"--{name.replace('_', '-')}", type=number(float if "float" in kind else int, least, most),
-                nargs=many if "tuple" in kind else None, default=default, help=meaning)
+                nargs=many if "tuple" in kind else None, default=default, help=meaning,
+                action=Instead if name in one_of else "store")
 
     def add_data(self, root: str) -> None:
         add = self.add_argument
@@ -190,7 +201,7 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"'{name[:80]}' is no setting of this script")
             flag, several = flags[name], isinstance(value, list)
             switch = flag.nargs == 0 and isinstance(value, bool)
-            if switch or (value in (None, []) and value == flag.default):
+            if switch or (value in (None, []) and (value == flag.default or name in self.one_of)):
                 found[name] = value
             elif several != (flag.nargs in ("+", "*")):
                 raise UserError(f"{name} should be {'one value' if several else 'a list'}")

@@ -1,12 +1,14 @@
 """How much is remembered, and how well noise is predicted: plain functions on tensors."""
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisiss.data.training_set import draw, step_generator
+from minisiss.data.folder import ImageFolder
+from minisiss.data.training_set import TrainingSet, draw, step_generator
 from minisiss.losses import epsilon_matching
 from minisiss.sampling import denoise_from
 from minisiss.schedule import Model, NoiseSchedule
@@ -64,6 +66,30 @@ def denoising_loss(model: Model, schedule: NoiseSchedule, images: Tensor, count:
     batches = zip(x.split(64), timesteps.split(64), noise.split(64), strict=True)
     losses = torch.cat([epsilon_matching(model, *batch, schedule).per_image() for batch in batches])
     return [bucket.mean().item() for bucket in losses.tensor_split(buckets)]
+
+
+def look_alikes(images: Tensor, mirrored: bool) -> Tensor:
+    """Pictures like these that are in no training set: 16 copies of each, moved by a fourteenth and by a
+    seventh of their size (2 and 4 of 28 pixels) in both directions, and `mirrored` if asked: [16 N, C, H, W].
+    """
+    far = images.shape[-1] // 7
+    moves = list(itertools.product((-far, -(far // 2), far // 2, far), repeat=2))
+    if mirrored:
+        images = images.flip(-1)
+    return torch.cat([images.roll(move, dims=(-2, -1)) for move in moves])
+
+
+def look_alike_loss(model: Model, schedule: NoiseSchedule, data: TrainingSet) -> Tensor:
+    """τ_t: the loss of a model at each timestep on look-alikes of A, which it never saw: [T].
+
+    A model that never saw A itself would have about this loss on it. Straight lines between the means of 50
+    ranges of timesteps, of 40 noisy images each; of A's pictures the first 64 count.
+    """
+    forget = data.forget[torch.arange(min(64, data.k))].unique(dim=0)
+    images = look_alikes(forget, mirrored=isinstance(data.images, ImageFolder))
+    losses = denoising_loss(model, schedule, images, 40 * 50, buckets=50)
+    points = torch.tensor(losses, device=images.device)[None, None]
+    return F.interpolate(points, len(schedule), mode="linear")[0, 0]
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:

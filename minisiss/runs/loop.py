@@ -99,7 +99,7 @@ class Loop:
 
     def log(self, figures: dict[str, Tensor | float], shown: tuple[str, ...] = ()) -> dict[str, float]:
         """Write figures to metrics.jsonl, and those that are `shown` on the bar. Returns them as numbers."""
-        numbers = {name: one.item() if isinstance(one, Tensor) else one for name, one in figures.items()}
+        numbers = {name: one.tolist() if isinstance(one, Tensor) else one for name, one in figures.items()}
         if self.state.step > self.start or not self.start:  # what a run resumes from is in its log already
             self.metrics.write(step=self.state.step, seconds=self.state.seconds, **numbers)
         self.words |= {name: f"{numbers[name]:.3g}" for name in shown if name in numbers}

@@ -11,6 +11,7 @@ from torchvision.transforms.functional import resize
 from minisiss import unlearning
 from minisiss.data.digits import BUNDLED
 from minisiss.data.folder import ImageFolder
+from minisiss.data.neighbours import nearest_kept
 from minisiss.data.training_set import TrainingSet, mnist_with_tshirt, step_generator
 from minisiss.losses import Terms, squared_error
 from minisiss.machine.device import at_precision, pick_device
@@ -26,7 +27,7 @@ SLIM = dict(channels=(16, 16, 32, 32, 64, 64), norm_groups=16)  # of celebahq's 
 BATCH_SIZES = {"mnist-tiny": (8, 8), "mnist-small": (64, 64), "mnist": (16, 128), "celebahq": (8, 16)}
 NAIVE, LITERAL, KNOWN = "naive_deletion", "siss literal", "siss, c known"
 DEFAULTS = Settings()
-STEPS = [NAIVE, LITERAL, "siss", KNOWN, "siss_no_is", "erasediff", "neggrad"]
+STEPS = [NAIVE, LITERAL, "siss", KNOWN, "siss_no_is", "erasediff", "neggrad", "retrack"]
 
 
 class Workload:
@@ -43,6 +44,7 @@ class Workload:
         self.batch_size = args.batch_size or BATCH_SIZES[preset][on_gpu]
         images, k = pictures(self.config, args.data_root)
         self.data = TrainingSet(images.to(self.device), k, world=world)
+        self.near = nearest_kept(self.data, DEFAULTS.neighbours)
         self.schedule = NoiseSchedule.linear().to(self.device)
         torch.manual_seed(args.seed)
         self.model = UNet(self.config).to(self.device)
@@ -59,7 +61,8 @@ class Workload:
         """What a method makes of the round's batch: timesteps and noise are the same for all methods."""
         method, generator = METHODS[name], step_generator(self.seed, round, self.device)
         size = self.batch_size * self.world.size
-        batch = unlearning.draw_batch(self.data, size, self.schedule, generator, method.draw_x)
+        near = self.near if method.neighbours else None
+        batch = unlearning.draw_batch(self.data, size, self.schedule, generator, method.draw_x, near)
         return method.terms(self.predict, batch, self.schedule, settings)
 
     def step(self, name: str, round: int) -> None:

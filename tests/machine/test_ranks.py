@@ -22,6 +22,7 @@ from PIL import Image
 
 from minisiss import errors, losses, presets, sampling, unlearning
 from minisiss.data import training_set
+from minisiss.data.neighbours import nearest_kept
 from minisiss.errors import UserError
 from minisiss.machine import command_line, device, ranks
 from minisiss.metrics import samples
@@ -149,7 +150,8 @@ def work_together():
         # In batches of 2 a rank, or both, may have nothing to do for a term of SISS.
         for step, size in enumerate((6, 2, 6, 2, 6)):
             pictures = training_set.TrainingSet(images, 3, world=world)
-            batch = unlearning.draw_batch(pictures, size, SCHEDULE, torch.Generator().manual_seed(step), method.draw_x)
+            near, generator = nearest_kept(pictures, 2), torch.Generator().manual_seed(step)
+            batch = unlearning.draw_batch(pictures, size, SCHEDULE, generator, method.draw_x, near)
             settings, gradient = unlearning.Settings(), partial(ranks.gradient_in_parts, micro_batch=2, world=world)
             figures = unlearning.step(method, method.terms(model, batch, SCHEDULE, settings), optimizer, settings, gradient_of=gradient)
             found[name, step] = {key: value.item() for key, value in figures.items()}
