@@ -139,6 +139,15 @@ def test_the_least_and_the_most_that_a_flag_takes(name, flag, monkeypatch):
         assert str(found[0] if isinstance(found, list) else found) in (value, str(float(value)) if value[0].isdigit() else value)
 
 
+def test_of_flags_that_take_each_others_place_one_has_a_value_also_where_a_preset_has_the_other(monkeypatch):
+    for preset in ({"grad_ratio": 0.3}, {"superfactor": 9.0, "grad_ratio": None}):
+        monkeypatch.setitem(command_line.PRESETS["mnist-tiny"], "unlearn siss", preset)
+        for typed, found in (([], (preset.get("superfactor"), preset["grad_ratio"])), (["--grad-ratio", "0.2"], (None, 0.2)), (["--superfactor", "0"], (0.0, None))):
+            monkeypatch.setattr(sys, "argv", ["unlearn.py", "--preset", "mnist-tiny", *typed])
+            args = importlib.import_module("unlearn").parse_arguments()
+            assert (args.superfactor, args.grad_ratio) == found, (preset, typed)
+
+
 @pytest.mark.parametrize(
     "name, arguments, words",
     [

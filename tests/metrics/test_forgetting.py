@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from minisiss.data.digits import bundled_digits, bundled_tshirt
-from minisiss.data.training_set import to_float
+from minisiss.data.training_set import TrainingSet, to_float
 from minisiss.metrics.forgetting import (
     denoising_loss,
     is_copy,
+    look_alike_loss,
+    look_alikes,
     noise_and_denoise,
     psnr,
     similarity,
@@ -91,3 +93,27 @@ def test_the_denoising_loss_takes_every_range_of_timesteps_alike_and_the_same_no
 )
 def test_wilsons_interval_has_its_published_values(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_look_alikes_are_the_four_quarter_turns_and_their_mirror_images():
+    image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)[None, None]
+    found = {tuple(copy.flatten().tolist()) for copy in look_alikes(image)}
+    assert found == {(2, 4, 1, 3), (3, 1, 4, 2), (4, 2, 3, 1), (1, 3, 2, 4)}  # to the left, to the right, mirrored both
+    assert look_alikes(image.expand(3, -1, -1, -1)).shape == (12, 1, 2, 2)
+
+
+def test_the_look_alike_loss_is_that_of_the_look_alikes_at_each_timestep():
+    # A network that predicts as if every picture were p has the loss γ²/σ² · mean (x − p)² on a picture x.
+    p, tshirt = to_float(bundled_digits()[:1]), bundled_tshirt()
+    data = TrainingSet(torch.cat([bundled_digits()[:9], tshirt.expand(100, -1, -1, -1)]), 100)
+
+    def model(m, timesteps):
+        gamma, sigma = (values[timesteps].reshape(-1, 1, 1, 1) for values in (SCHEDULE.gamma, SCHEDULE.sigma))
+        return (m - gamma * p) / sigma
+
+    found = look_alike_loss(model, SCHEDULE, data)
+    assert found.shape == (1000,)
+    alike = to_float(look_alikes(tshirt))
+    expected = (SCHEDULE.gamma / SCHEDULE.sigma).square() * (alike - p).square().mean()
+    middle = slice(100, 900)  # elsewhere the loss is no line within a fiftieth of the timesteps
+    assert ((found - expected) / expected)[middle].abs().max() < 0.1
