@@ -32,7 +32,7 @@ def main() -> int:
     from minisiss.runs.loop import Loop, State
 
     # Load the model and the pictures. `model` takes the steps, `average` is the average of its weights.
-    method, settings, draw_x = chosen(args, unlearning)
+    method, settings = chosen(args, unlearning)
     device = pick_device(args.device)
     world = start(device, args.batch_size)
     base = load_any(args.checkpoint, args.memory_timesteps, device)
@@ -56,7 +56,7 @@ def main() -> int:
         report.look(loop)
         for step in loop:
             generator = step_generator(args.seed, step, device)
-            batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, draw_x, near)
+            batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x, near)
             terms = method.terms(predict, batch, schedule, settings, ceiling)
             figures = unlearning.step(method, terms, optimizer, settings, gradient_of=gradient)
             unlearning.update_average(average, model, args.ema)
@@ -71,14 +71,16 @@ def main() -> int:
 
 
 def chosen(args: Namespace, unlearning) -> tuple:
-    """The method, its numbers, and where it draws x from. Raises UserError for a method not in the table."""
+    """The method and its numbers. Raises UserError for a method not in the table, and flags not for it."""
     method = unlearning.METHODS.get(args.method)
     if method is None:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
-    if args.ceiling and method.rule is not unlearning.subtract:
-        raise UserError(f"--ceiling {args.ceiling}: --method {args.method} subtracts nothing")
+    if method.rule is not unlearning.subtract:
+        for flag, value in (("--ceiling", args.ceiling), ("--draw-x", args.draw_x == "all" and "all")):
+            if value:
+                raise UserError(f"{flag} {value}: --method {args.method} subtracts nothing, and has x ~ X∖A")
     numbers = {field.name: getattr(args, field.name) for field in fields(unlearning.Settings)}
-    return method, unlearning.Settings(**numbers), args.draw_x or method.draw_x
+    return method, unlearning.Settings(**numbers)
 
 
 def parse_arguments() -> Namespace:
@@ -86,11 +88,12 @@ def parse_arguments() -> Namespace:
     parser.add_preset("data", "unlearn")
     parser.add_data("bundled")
     add = parser.add_argument
-    add("--method", default="siss", help="siss, siss_no_is, naive_deletion, neggrad, erasediff, retrack; or yours")
+    add("--method", default="siss",
+        help="siss, siss_no_is, naive_deletion, neggrad, erasediff, retrack, or your own")
     add("--checkpoint", type=filename, default="bundled",
         help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled'")
     parser.add_fields("unlearning", "Settings", one_of=("grad_ratio", "superfactor"))
-    add("--draw-x", choices=["all", "rest"], help="draw x from X or from X∖A (default: by method)")
+    add("--draw-x", choices=["all", "rest"], default="rest", help="draw x from X or from X∖A")
     add("--steps", type=positive_int, help="optimizer steps")
     add("--batch-size", type=batch_size, help="images a step, of all ranks together")
     add("--accumulate", type=positive_int, default=1,

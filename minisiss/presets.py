@@ -17,10 +17,13 @@ PRESETS: dict[str, dict[str, dict]] = {
         # At ρ = 1 c falls from some 40 to 2; at ρ = 0.1 it falls below 1, and the T-shirt stays. A low rate,
         # as the noise of the steps is what costs the digits most. How these and the next were chosen:
         # minisiss/study/RESULTS.md.
-        "unlearn": dict(steps=150, batch_size=64, lr=2.5e-5, ema=0.9, grad_ratio=1.0),
+        "unlearn": dict(steps=150, batch_size=64, lr=2.5e-5, ema=0.9),
+        "unlearn siss": dict(grad_ratio=1.0, draw_x="all"),
+        "unlearn siss_no_is": dict(grad_ratio=1.0, draw_x="all"),
         "unlearn naive_deletion": dict(lr=1e-3),
         "unlearn neggrad": dict(steps=60, lr=1e-5),
         "unlearn erasediff": dict(steps=30, lr=3e-5),
+        "unlearn retrack": dict(steps=50, batch_size=128, lr=5e-5, ema=0.0),  # as published
     },
     # The paper's MNIST model, for a GPU.
     "mnist": {

@@ -26,7 +26,7 @@ class Settings:
     """The numbers that the methods take. Of each: its type, the least and the most it may be, its meaning."""
 
     lam: Annotated[float, 0, 1, "λ of the mixture: the share of noisy images made from A (siss)"] = 0.5
-    grad_ratio: Annotated[float | None, 0, None, "ρ: norm of the subtracted gradient over the kept one's"] = 0.1
+    grad_ratio: Annotated[float | None, 0, None, "ρ: norm of what is subtracted over the kept one's"] = 0.1
     superfactor: Annotated[float | None, 0, None, "s: subtract s·k/(n−k)·L_A, not by norms"] = None
     ceiling: Annotated[float, 0, None, "subtract an image up to this error, in units of τ; 0: always"] = 0.0
     erasediff_eta: Annotated[float, 0, None, "η of EraseDiff's rule"] = 0.1
@@ -58,7 +58,6 @@ class Method:
     loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
     rule: Callable[[Gradient, Gradient, Settings], Tensor] = subtract  # c; unused by a loss of one term
     settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
-    draw_x: str = "rest"  # where `draw_batch` draws x from, unless it is told
     neighbours: bool = False  # whether the loss needs batch.neighbours
 
     def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings,

@@ -15,6 +15,7 @@ from PIL import Image
 
 from minisiss import losses, unlearning
 from minisiss.data import digits, training_set
+from minisiss.metrics import forgetting
 from minisiss.runs import checkpoint, loop
 
 TINY_TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
@@ -156,6 +157,22 @@ def test_an_unlearning_that_is_stopped_and_resumed_equals_one_that_is_not(script
     assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
 
 
+@pytest.mark.parametrize("flags", [("--superfactor", 9), ("--grad-ratio", 0.5, "--draw-x", "all")], ids=["one pass", "by norms"])
+def test_a_ceiling_is_that_of_the_model_before_also_when_the_run_is_resumed(flags, script, tiny_checkpoint, tmp_path):
+    arguments = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, *flags, "--lr", 0.01)
+    assert script("unlearn", *arguments, "--ceiling", 0.5, "--out", "whole")[0] == 0
+    assert script("unlearn", *arguments, "--ceiling", 0.5, "--out", "stopped", "--steps", 3)[0] == 0
+    assert script("unlearn", "--resume", "stopped", "--steps", 6)[0] == 0
+    assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
+    assert script("unlearn", *arguments, "--out", "without")[0] == 0
+    assert not same(tmp_path / "without/model.pt", tmp_path / "whole/model.pt")
+    base, data = checkpoint.load(tiny_checkpoint), training_set.mnist_with_tshirt("bundled")
+    tau = forgetting.look_alike_loss(base.model, base.schedule, data)
+    first, *rest = lines(tmp_path / "stopped/metrics.jsonl")
+    assert first["ceiling"] == pytest.approx((0.5 * tau[50::100]).tolist(), rel=0.1)  # bf16
+    assert not any("ceiling" in line for line in rest) and len(first["ceiling"]) == 10
+
+
 def test_the_unlearned_model_is_the_average_over_the_steps(script, tiny_checkpoint, tmp_path):
     for out, flags in (("one", ("--steps", 1)), ("two", ("--steps", 2)), ("last", ("--steps", 2, "--ema", 0))):
         script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--samples", 0, "--out", out, *flags)
@@ -224,6 +241,9 @@ WRONG = [
     ("unlearn", ("--out", "foreign.pt/run"), ["foreign.pt/run"]),
     ("unlearn", ("--memory-timesteps", "1000"), ["--memory-timesteps", "999"]),
     ("unlearn", ("--resume", "nowhere"), ["nowhere", "holds no run"]),
+    ("unlearn", ("--method", "naive_deletion", "--ceiling", "1"), ["--ceiling 1", "naive_deletion subtracts nothing"]),
+    ("unlearn", ("--method", "erasediff", "--ceiling", "1"), ["--ceiling 1", "erasediff subtracts nothing"]),
+    ("unlearn", ("--method", "retrack", "--draw-x", "all"), ["--draw-x all", "retrack subtracts nothing"]),
     ("train_ddpm", ("--data-root", "nowhere"), ["--data-root nowhere", "bundled"]),
     ("train_ddpm", (*TINY_TRAIN, "--image-size", "32"), ["--image-size"]),
     ("train_ddpm", (*TINY_TRAIN, "--out", "holds-a-run"), ["holds-a-run"]),

@@ -1,5 +1,7 @@
 """Where the losses lead: a small network on points in the plane, whose ideal denoiser is known in closed form."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,12 +37,19 @@ class MLP(torch.nn.Module):
         return (points + self.layers(torch.cat([points, gamma, sigma, sigma.log()], dim=1))).reshape(m.shape)
 
 
+def test_retrack_with_all_of_the_kept_set_aims_at_its_ideal_denoiser():
+    batch = replace(draw(KEEP, 200, torch.Generator().manual_seed(0)), neighbours=KEEP.reshape(1, -1, 1, 1, 2))
+    target, a_t = (getattr(losses.retrack(None, batch, SCHEDULE, 0.5).forget, name) for name in ("target", "noisy"))
+    assert (target - ideal(KEEP, a_t, batch.timesteps)).abs().max() < 1e-4
+    assert (target - ideal(X, a_t, batch.timesteps)).abs().max() > 0.1
+
+
 def draw(points, size, rng):
     """Timesteps at which neighbouring points overlap, and points as images of 1×2 pixels."""
     image = lambda which: which[torch.randint(len(which), (size,), generator=rng)].reshape(-1, 1, 1, 2)  # noqa: E731
     noise, uniform = torch.randn(size, 1, 1, 2, generator=rng), torch.rand(size, 1, 1, 2, generator=rng)
     timesteps = torch.randint(100, 600, (size,), generator=rng)
-    return Batch(image(points), image(FORGET), timesteps, noise, torch.rand(size, generator=rng), uniform, len(X), len(FORGET))
+    return Batch(image(points), image(FORGET), timesteps, noise, torch.rand(size, generator=rng), uniform, len(X), len(FORGET), "all" if points is X else "rest")
 
 
 def distance(model, points, seed=99):

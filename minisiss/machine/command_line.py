@@ -201,7 +201,8 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"'{name[:80]}' is no setting of this script")
             flag, several = flags[name], isinstance(value, list)
             switch = flag.nargs == 0 and isinstance(value, bool)
-            if switch or (value in (None, []) and (value == flag.default or name in self.one_of)):
+            none = value in (None, []) and (value == flag.default or name in self.one_of)
+            if switch or none:
                 found[name] = value
             elif several != (flag.nargs in ("+", "*")):
                 raise UserError(f"{name} should be {'one value' if several else 'a list'}")

@@ -62,7 +62,7 @@ class Workload:
         method, generator = METHODS[name], step_generator(self.seed, round, self.device)
         size = self.batch_size * self.world.size
         near = self.near if method.neighbours else None
-        batch = unlearning.draw_batch(self.data, size, self.schedule, generator, method.draw_x, near)
+        batch = unlearning.draw_batch(self.data, size, self.schedule, generator, neighbours=near)
         return method.terms(self.predict, batch, self.schedule, settings)
 
     def step(self, name: str, round: int) -> None:

@@ -151,7 +151,7 @@ def work_together():
         for step, size in enumerate((6, 2, 6, 2, 6)):
             pictures = training_set.TrainingSet(images, 3, world=world)
             near, generator = nearest_kept(pictures, 2), torch.Generator().manual_seed(step)
-            batch = unlearning.draw_batch(pictures, size, SCHEDULE, generator, method.draw_x, near)
+            batch = unlearning.draw_batch(pictures, size, SCHEDULE, generator, neighbours=near)
             settings, gradient = unlearning.Settings(), partial(ranks.gradient_in_parts, micro_batch=2, world=world)
             figures = unlearning.step(method, method.terms(model, batch, SCHEDULE, settings), optimizer, settings, gradient_of=gradient)
             found[name, step] = {key: value.item() for key, value in figures.items()}
