@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study behind the README's tables: the base model, the model retrained without the T-shirt, every method
-# with three seeds, SISS with other λ and ρ, and the comparisons.
+# with three seeds, SISS with other λ and ρ, whether what was forgotten comes back, and the comparisons.
 #
 #     bash minisiss/study/study.sh                the bundled model as the base: hours on two CPU cores
 #     bash minisiss/study/study.sh mnist          the paper's model, everything from the start: for a GPU
@@ -10,7 +10,7 @@
 set -euo pipefail
 
 preset=${1:-mnist-small} root=${2:-data}
-study=runs/study-$preset ablation=runs/ablation-$preset
+study=runs/study-$preset ablation=runs/ablation-$preset again=runs/again-$preset
 here=$(dirname "$0")/../..
 
 once() { # once SCRIPT DIRECTORY FLAGS…: start the run there or go on with it, unless it is finished
@@ -28,17 +28,30 @@ if [ "$preset" != mnist-small ]; then
 fi
 once train_ddpm.py "$study/retrained" --preset "$preset" --data-root "$root" --exclude-forget
 
-forget=(--preset "$preset" --data-root "$root" --checkpoint "$base" --samples 0) # eval.py draws the samples
+forget=(--preset "$preset" --data-root "$root" --samples 0) # eval.py draws the samples
+paper=(--method siss --grad-ratio 0.1)                      # the paper's rule, which takes more steps here
+ceiling=(--method siss --superfactor 29 --ceiling 1)
 for seed in 0 1 2; do
-    for method in siss siss_no_is naive_deletion neggrad erasediff; do
-        once unlearn.py "$study/$method-$seed" "${forget[@]}" --method "$method" --seed "$seed"
+    for method in siss siss_no_is naive_deletion neggrad erasediff retrack; do
+        once unlearn.py "$study/$method-$seed" "${forget[@]}" --checkpoint "$base" --method "$method" --seed "$seed"
     done
+    once unlearn.py "$study/paper-$seed" "${forget[@]}" --checkpoint "$base" "${paper[@]}" --steps 300 --seed "$seed"
+    once unlearn.py "$study/ceiling-$seed" "${forget[@]}" --checkpoint "$base" "${ceiling[@]}" --seed "$seed"
 done
 # λ = 0.5 is the preset, and one of these ρ too, whose run stands for both.
-for lam in 0 0.1 0.9 1; do once unlearn.py "$ablation/lam-$lam" "${forget[@]}" --lam "$lam"; done
+for lam in 0 0.1 0.9 1; do once unlearn.py "$ablation/lam-$lam" "${forget[@]}" --checkpoint "$base" --lam "$lam"; done
 for rho in 0.01 0.05 0.1 0.3 0.5 1; do
-    once unlearn.py "$ablation/rho-$rho" "${forget[@]}" --grad-ratio "$rho"
+    once unlearn.py "$ablation/rho-$rho" "${forget[@]}" --checkpoint "$base" --grad-ratio "$rho"
+done
+
+# Does it come back? Training goes on, on X∖A (naive deletion) and on X (the kept term alone, with x ~ X).
+for run in retrained siss-0 ceiling-0 siss_no_is-0 naive_deletion-0 retrack-0; do
+    on=("${forget[@]}" --checkpoint "$study/$run/model.pt" --lr 1e-4 --ema 0.9 --evaluate-every 10)
+    once unlearn.py "$again/kept-$run" "${on[@]}" --method naive_deletion --steps 300
+    once unlearn.py "$again/all-$run" "${on[@]}" --method siss_no_is --grad-ratio 0 --draw-x all --steps 150
 done
 
 python "$here/eval.py" "${pretrained[@]}" "$study"/*/ --data-root "$root" --samples 4096
-python "$here/eval.py" "$ablation"/*/ --data-root "$root" --samples 1024
+for runs in "$ablation" "$again"; do
+    python "$here/eval.py" "$runs"/*/ --data-root "$root" --samples 1024
+done

@@ -189,6 +189,25 @@ def test_descriptors_are_of_288_normalised_pixels_in_three_colours_and_of_length
     assert seen[-1].shape == (1, 3, 288, 576)
 
 
+def test_the_picture_aims_at_the_retrained_model_where_there_is_one(monkeypatch, tmp_path):
+    plots = pytest.importorskip("minisiss.report.plots")
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", lambda figure: drawn.append(figure))
+
+    def one(memories, to_retrained, frechet=20.0):
+        alike = {f"memory_{t}": {"similarity": value} for t, value in zip((300, 500), memories, strict=True)}
+        return alike | {"run": str(tmp_path), "method": "siss", "to_retrained": to_retrained, "frechet": frechet}
+
+    groups = {"retrained": [one((0.8, 0.6), None)], "siss": [one((0.5, 0.5), 7.0), one((0.9, 0.7), 5.0)]}
+    plots.save_pareto(tmp_path / "pareto.png", groups, 500)
+    end = drawn[0].axes[0]
+    assert "difference of the memories" in end.get_xlabel() and "retrained" in end.get_ylabel()
+    (points,) = [line.get_xydata() for line in end.lines if len(line.get_xydata()) == 2 and line.get_marker() == "."]
+    assert points == pytest.approx(torch.tensor([[0.2, 7.0], [0.1, 5.0]]).numpy())  # (0.3 + 0.1)/2, (0.1 + 0.1)/2
+    plots.save_pareto(tmp_path / "pareto.png", {"siss": groups["siss"]}, 500)
+    assert "t = 500" in drawn[1].axes[0].get_xlabel() and "real digits" in drawn[1].axes[0].get_ylabel()
+
+
 def test_the_picture_needs_matplotlib_and_the_table_does_not(measure, tmp_path, monkeypatch):
     make_run(tmp_path / "run", 0.1, method="siss")
     with monkeypatch.context() as without:
@@ -276,8 +295,8 @@ if [ "$(wc -l < calls)" = 4 ]; then exit 130; fi
     assert study() == 0
     again = (tmp_path / "calls").read_text().splitlines()[4:]
     assert again[0] == "unlearn.py --resume runs/study-mnist/siss_no_is-0"
-    assert len(again) == 1 + 13 + 10 + 2 and all("--out" in call for call in again[1:-2])
-    assert again[-2].startswith("eval.py runs/study-mnist/erasediff-0/ ") and "--samples 4096" in again[-2]
-    assert again[-1].startswith("eval.py runs/ablation-mnist/lam-0.1/ ")
+    assert len(again) == 1 + 22 + 10 + 12 + 3 and all("--out" in call for call in again[1:-3])
+    assert again[-3].startswith("eval.py runs/study-mnist/ceiling-0/ ") and "--samples 4096" in again[-3]
+    assert again[-2].startswith("eval.py runs/ablation-mnist/lam-0.1/ ") and again[-1].startswith("eval.py runs/again-mnist/all-")
     assert study() == 0
-    assert (tmp_path / "calls").read_text().splitlines()[4 + len(again) :] == again[-2:]
+    assert (tmp_path / "calls").read_text().splitlines()[4 + len(again) :] == again[-3:]
