@@ -26,7 +26,6 @@ def main() -> int:
     from minisiss.data.training_set import load_training_set, step_generator
     from minisiss.machine.device import at_precision, pick_device
     from minisiss.machine.ranks import gradient_in_parts, start
-    from minisiss.metrics.forgetting import look_alike_loss
     from minisiss.report.unlearned import BeforeAfter
     from minisiss.runs.checkpoint import load_any
     from minisiss.runs.loop import Loop, State
@@ -41,6 +40,7 @@ def main() -> int:
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
     predict, predict_average = at(model), at(average)
     data = load_training_set(args, model.config.image_shape, device, world)
+    near = nearest_kept(data, settings.neighbours) if method.neighbours else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     part = math.ceil(args.batch_size / args.accumulate)
     gradient = partial(gradient_in_parts, micro_batch=part, world=world)
@@ -48,11 +48,8 @@ def main() -> int:
     report = BeforeAfter(args, data, predict_average, schedule, world)
     loop = Loop(args, "unlearn.py", State(model, average, optimizer, schedule), world, base=base.made_by)
     report.draw_before()
-    near = nearest_kept(data, settings.neighbours) if method.neighbours else None
-    ceiling = settings.ceiling * look_alike_loss(predict, schedule, data) if settings.ceiling else None
+    ceiling = report.ceiling()
     with loop:
-        if ceiling is not None:
-            loop.log({"ceiling": ceiling[50::100]})  # of each tenth of the timesteps
         report.look(loop)
         for step in loop:
             generator = step_generator(args.seed, step, device)
@@ -75,10 +72,9 @@ def chosen(args: Namespace, unlearning) -> tuple:
     method = unlearning.METHODS.get(args.method)
     if method is None:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
-    if method.rule is not unlearning.subtract:
-        for flag, value in (("--ceiling", args.ceiling), ("--draw-x", args.draw_x == "all" and "all")):
-            if value:
-                raise UserError(f"{flag} {value}: --method {args.method} subtracts nothing, and has x ~ X∖A")
+    if method.rule is not unlearning.subtract and (args.ceiling or args.draw_x == "all"):
+        flag = f"--ceiling {args.ceiling}" if args.ceiling else "--draw-x all"
+        raise UserError(f"{flag}: --method {args.method} subtracts nothing, and has x ~ X∖A")
     numbers = {field.name: getattr(args, field.name) for field in fields(unlearning.Settings)}
     return method, unlearning.Settings(**numbers)
 

@@ -32,6 +32,14 @@ class BeforeAfter:
             self.sets["kept pictures"] = data.kept()
         self.middle = median_high(args.memory_timesteps)
         self.strip: dict[int, Tensor] = {}
+        self.tau: Tensor | None = None
+
+    def ceiling(self) -> Tensor | None:
+        """--ceiling times τ of the model as it is now, [T]; the first look logs it. None without one."""
+        if self.args.ceiling:
+            tau = forgetting.look_alike_loss(self.model, self.schedule, self.data)
+            self.tau = self.args.ceiling * tau
+        return self.tau
 
     def draw_before(self) -> None:
         """Draw samples, and what is remembered, from the model as it is now."""
@@ -62,6 +70,8 @@ class BeforeAfter:
         for part, images in (("kept", self.data.keep), ("forget", self.data.forget)):
             (loss,) = forgetting.denoising_loss(self.model, self.schedule, images, LOOK_IMAGES)
             figures[f"loss_on_{part}"] = loss
+        if self.tau is not None and not step:
+            figures["ceiling"] = self.tau[len(self.tau) // 20 :: len(self.tau) // 10]  # of each tenth of t
         loop.log(figures, shown=("memory",))
         one = self.forgotten[:1]
         self.strip[step] = torch.cat([self.recall(one, t)[1] for t in self.args.memory_timesteps])
