@@ -40,12 +40,12 @@ def main() -> int:
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
     predict, predict_average = at(model), at(average)
     data = load_training_set(args, model.config.image_shape, device, world)
-    near = nearest_kept(data, settings.neighbours) if method.neighbours else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     part = math.ceil(args.batch_size / args.accumulate)
     gradient = partial(gradient_in_parts, micro_batch=part, world=world)
 
     report = BeforeAfter(args, data, predict_average, schedule, world)
+    near = nearest_kept(data, settings.neighbours) if method.neighbours else None
     loop = Loop(args, "unlearn.py", State(model, average, optimizer, schedule), world, base=base.made_by)
     report.draw_before()
     ceiling = report.ceiling()
