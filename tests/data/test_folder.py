@@ -218,7 +218,7 @@ def test_train_unlearn_and_compare_on_pictures(script, colours, tmp_path):
     ("train_ddpm", (*TINY, *NETWORK, "--exclude-forget"), ["--exclude-forget", "--forget"]),
     ("train_ddpm", (*TINY, "--data", "mnist", "--data-root", "bundled", "--forget", "b.png"), ["--forget b.png", "--data pictures"]),
     ("unlearn", TINY, ["--forget", "name the pictures"]),
-    ("unlearn", (*TINY, "--method", "retrack"), ["--forget", "name the pictures"]),
+    ("unlearn", (*TINY, "--method", "retrack", "--neighbours", 2), ["--forget", "name the pictures"]),
     ("unlearn", (*TINY, "--forget", "b.png", "--batch-size", 5), ["--batch-size 5", "only 4 pictures"]),
     ("eval", TINY[2:-4], ["--forget", "name the pictures"]),
 ])  # fmt: skip
