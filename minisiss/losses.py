@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minisiss.schedule import Model, NoiseSchedule, broadcast
 
-# An image whose weight in a term is below this is left out of the term's pass.
+# An image whose weight in a term is below this share of the batch's largest is left out of the term's pass.
 NEGLIGIBLE = 1e-8
 # Weights saturate at e^40. Only λ = 0 or 1 gets there (else a weight is at most 1/λ or 1/(1−λ)), for an m_t
 # that its proposal never draws; sums and squares of weights stay finite in float32 there too.
@@ -72,7 +72,8 @@ class Term:
     @property
     def counts(self) -> Tensor:
         """Which images count, those whose weight is not negligible: [B] bool."""
-        return self.weight > NEGLIGIBLE
+        size = self.weight.abs()
+        return size > NEGLIGIBLE * size.max()
 
     def per_image(self, images: Tensor | None = None) -> Tensor:
         """The loss of the images at these indices (by default all): [number of indices]."""
@@ -172,8 +173,8 @@ def siss(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float) -> Ter
     gamma, sigma = schedule.gamma[batch.timesteps], schedule.sigma[batch.timesteps]
     m = sample_mixture(x, a, batch.noise, batch.pick, gamma, sigma, lam)
     w_x, w_a = importance_weights(m, x, a, gamma, sigma, lam)
-    epsilon_x = (m - broadcast(gamma) * x) / broadcast(sigma)
-    epsilon_a = (m - broadcast(gamma) * a) / broadcast(sigma)
+    epsilon_x = (m - broadcast(gamma, m) * x) / broadcast(sigma, m)
+    epsilon_a = (m - broadcast(gamma, m) * a) / broadcast(sigma, m)
     keep = Term(model, m, batch.timesteps, epsilon_x, of_keep * w_x)
     return Terms(keep, Term(model, m, batch.timesteps, epsilon_a, of_forget * w_a), c)
 
@@ -234,8 +235,8 @@ def sample_mixture(x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Ten
 
     One noise tensor and one timestep serve both. x, a, noise: [B, C, H, W]; pick, gamma, sigma: [B].
     """
-    chosen = torch.where(broadcast(pick < lam), a, x)
-    return broadcast(gamma) * chosen + broadcast(sigma) * noise
+    chosen = torch.where(broadcast(pick < lam, x), a, x)
+    return broadcast(gamma, x) * chosen + broadcast(sigma, x) * noise
 
 
 def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Tensor,
@@ -253,7 +254,7 @@ def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Te
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
-    middle = broadcast(gamma) * ((x + a) / 2)
+    middle = broadcast(gamma, x) * ((x + a) / 2)
     delta = gamma / sigma**2 * ((x - a) * (middle - m)).flatten(1).sum(dim=1)
     log_1_minus_lam = torch.full_like(delta, math.log1p(-lam) if lam < 1 else -math.inf)
     log_lam = torch.full_like(delta, math.log(lam) if lam > 0 else -math.inf)

@@ -4,15 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 Model = Callable[[Tensor, Tensor], Tensor]  # ε_θ: (x: [B, C, H, W], timesteps: [B]) -> noise: [B, C, H, W]
 
 
-def broadcast(values: Tensor) -> Tensor:
-    """Shape one number an image, [B], so that it multiplies images: [B, 1, 1, 1]."""
-    return rearrange(values, "b -> b 1 1 1")
+def broadcast(values: Tensor, images: Tensor) -> Tensor:
+    """Shape one number an image, [B], so that it multiplies images: [B, 1, 1, 1] for [B, C, H, W].
+
+    Images may have any number of dimensions, so that losses work on points, [B, D], as well.
+    """
+    return values.view(-1, *[1] * (images.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -54,5 +56,5 @@ class NoiseSchedule:
         return NoiseSchedule(*(value.to(device) for value in vars(self).values()))
 
     def add_noise(self, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """m_t = γ_t x + σ_t noise, with x, noise: [B, C, H, W] and timesteps: [B] int."""
-        return broadcast(self.gamma[timesteps]) * x + broadcast(self.sigma[timesteps]) * noise
+        """m_t = γ_t x + σ_t noise, with x, noise: [B, …] and timesteps: [B] int."""
+        return broadcast(self.gamma[timesteps], x) * x + broadcast(self.sigma[timesteps], x) * noise

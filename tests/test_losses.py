@@ -1,6 +1,7 @@
 """The importance weights and the mixture; what the losses add up to is in test_derivations.py."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,13 +28,13 @@ def pictures(shape, dtype, seed=0):
 def noisy(x, timestep, seed=1):
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
     gamma, sigma = (values[torch.full((len(x),), timestep)].to(x.dtype) for values in (SCHEDULE.gamma, SCHEDULE.sigma))
-    return broadcast(gamma) * x + broadcast(sigma) * noise, gamma, sigma
+    return broadcast(gamma, x) * x + broadcast(sigma, x) * noise, gamma, sigma
 
 
 def literal_weights(m, x, a, gamma, sigma, lam):
     """The definition, in float64: a ratio of densities, each divided by the larger one."""
-    log_x = -(m - broadcast(gamma) * x).square().flatten(1).sum(1) / (2 * sigma**2)
-    log_a = -(m - broadcast(gamma) * a).square().flatten(1).sum(1) / (2 * sigma**2)
+    log_x = -(m - broadcast(gamma, m) * x).square().flatten(1).sum(1) / (2 * sigma**2)
+    log_a = -(m - broadcast(gamma, m) * a).square().flatten(1).sum(1) / (2 * sigma**2)
     largest = torch.maximum(log_x, log_a)
     q_x, q_a = (log_x - largest).exp(), (log_a - largest).exp()
     mixture = (1 - lam) * q_x + lam * q_a
@@ -90,7 +91,7 @@ def test_the_literal_formula_is_off_on_faces_where_ours_is_not():
     x, a = pictures((3, 256, 256), torch.float32)
     m, gamma, sigma = noisy(x, 990)
     exact = importance_weights(*(value.double() for value in (m, x, a, gamma, sigma)), 0.5)[0]
-    distance = lambda z: (m - broadcast(gamma) * z).square().flatten(1).sum(1) / (2 * sigma**2)  # noqa: E731
+    distance = lambda z: (m - broadcast(gamma, m) * z).square().flatten(1).sum(1) / (2 * sigma**2)  # noqa: E731
     literal = 1 / (0.5 + 0.5 * (distance(x) - distance(a)).exp())
     ours = importance_weights(m, x, a, gamma, sigma, 0.5)[0]
     assert (literal - exact).abs().max() > 1e-3
@@ -119,8 +120,8 @@ def test_the_mixture_takes_a_where_pick_is_below_lambda():
     m = sample_mixture(x, a, noise, pick, gamma, sigma, 0.3)
     for i, source in enumerate([a, a, x, x]):
         assert torch.allclose(m[i], gamma[i] * source[i] + sigma[i] * noise[i])
-    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 0.0), broadcast(gamma) * x + broadcast(sigma) * noise)
-    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 1.0), broadcast(gamma) * a + broadcast(sigma) * noise)
+    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 0.0), broadcast(gamma, x) * x + broadcast(sigma, x) * noise)
+    assert torch.allclose(sample_mixture(x, a, noise, pick, gamma, sigma, 1.0), broadcast(gamma, x) * a + broadcast(sigma, x) * noise)
 
 
 def test_the_network_runs_only_on_the_images_that_count_in_a_term():
@@ -131,6 +132,33 @@ def test_the_network_runs_only_on_the_images_that_count_in_a_term():
     assert term.counts.tolist() == [False, True, False, True]
     assert term.per_image(term.counts.nonzero()[:, 0]).tolist() == [0.5, 2.0]
     assert seen == [2]
+
+
+def test_a_term_of_negative_weights_counts_and_small_weights_count_if_all_are_small():
+    """A loss of one's own may have either; what is negligible depends on the largest weight of the batch."""
+    term = losses.Term(None, None, None, None, torch.tensor([-1.0, 1e-9, -1e-9, 0.0]))
+    assert term.counts.tolist() == [True, False, False, False]
+    assert replace(term, weight=term.weight * 1e-9).counts.tolist() == [True, False, False, False]
+    assert not replace(term, weight=torch.zeros(4)).counts.any()
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2)], ids=["[B, D]", "[B, C, L]"])
+@pytest.mark.parametrize("loss", [losses.siss, losses.siss_no_is, losses.naive_deletion, losses.neggrad, losses.erasediff, losses.retrack])
+def test_losses_of_points_are_those_of_pictures_of_one_pixel_a_channel(loss, shape):
+    rng, as_picture = torch.Generator().manual_seed(0), (2, 1, 1)
+    x, a, noise, uniform = torch.randn(4, 64, 2, generator=rng)
+    timesteps, pick = torch.randint(1000, (64,), generator=rng), torch.rand(64, generator=rng)
+    neighbours = torch.randn(1, 3, 2, generator=rng)
+    values = {}
+    for form in (shape, as_picture):
+        pictures = (value.view(64, *form) for value in (x, a))
+        batch = losses.Batch(*pictures, timesteps, noise.view(64, *form), pick, uniform.view(64, *form), 100, 10, "rest",
+                             neighbours.view(1, 3, *form))
+        settings = {losses.siss: [0.5], losses.retrack: [0.1]}.get(loss, [])
+        terms = loss(lambda m, t: 0.5 * m, batch, SCHEDULE, *settings)
+        values[form] = [(term.noisy.flatten(1), term.weight, term.per_image()) for term in (terms.keep, terms.forget) if term]
+    for one, other in zip(*values.values(), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
 def test_the_worked_example_by_hand():
@@ -196,7 +224,7 @@ def test_retracks_gradient_is_that_of_the_weighted_errors_to_each_neighbour():
     m, points, timesteps = spread()
     gamma, sigma = SCHEDULE64.gamma[timesteps], SCHEDULE64.sigma[timesteps]
     prediction = torch.randn(m.shape, dtype=torch.float64, requires_grad=True)
-    residuals = (m[:, None] - broadcast(gamma)[:, None] * points) / broadcast(sigma)[:, None]
+    residuals = (m[:, None] - broadcast(gamma, m)[:, None] * points) / broadcast(sigma, m)[:, None]
     shares = (-residuals.square().sum(dim=(2, 3, 4)) / 2).softmax(dim=1)
     literal = (shares * (residuals - prediction[:, None]).square().sum(dim=(2, 3, 4))).sum()
     ours = (losses.ideal_noise(m, points, gamma, sigma) - prediction).square().sum()

@@ -42,3 +42,12 @@ def test_the_last_timestep_is_nearly_pure_noise():
 def test_impossible_schedules_are_refused(arguments):
     with pytest.raises(ValueError, match="timesteps"):
         NoiseSchedule.linear(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (1, 2, 1, 1)])
+def test_images_may_have_any_number_of_dimensions(shape):
+    schedule = NoiseSchedule.linear()
+    x, noise, timesteps = torch.randn(4, 2), torch.randn(4, 2), torch.tensor([0, 10, 500, 999])
+    noisy = schedule.add_noise(x.view(4, *shape), noise.view(4, *shape), timesteps)
+    assert noisy.shape == (4, *shape)
+    assert torch.equal(noisy.view(4, 2), schedule.add_noise(x[..., None, None], noise[..., None, None], timesteps)[..., 0, 0])
