@@ -2,9 +2,11 @@
 
 import copy
 import difflib
+import hashlib
 import os
+import posixpath
 import sys
-import warnings
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,23 +25,26 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 CACHE_BYTES = 2**30  # of pictures kept in memory once they have been read
 LEAST_SIDE = 8  # pixels: what is narrower is no picture of anything
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that unfolds to gigabytes
-
 
 class ImageFolder:
     """The pictures in a folder and its subfolders, by name, indexed like a tensor [n, C, H, W] of uint8.
 
     folder[indices] reads those pictures, in threads; folder[a:b] is the folder of some of them, unread. A
     picture is cropped to the square in its middle and resized, and never flipped: what is forgotten is one
-    picture, not its mirror image. Raises UserError for a folder without pictures, for a link that leads out
-    of it, and for an unreadable picture, unless `skip_unreadable`: with a warning, the next takes its place.
+    picture, not its mirror image. Hidden files and folders are no data. Raises UserError for a folder without
+    pictures, for a link that leads out of it or to a folder, and for an unreadable picture, unless
+    `skip_unreadable`: with a warning, the next takes its place.
     """
 
     def __init__(self, root: str, image_shape: tuple[int, int, int], skip_unreadable: bool = False) -> None:
         self.root, self.image_shape, self.skip_unreadable = Path(root), tuple(image_shape), skip_unreadable
         self.device, self.pool = torch.device("cpu"), ThreadPoolExecutor()
-        self.cache: dict[str, Tensor] = {}  # shared by the folder and its parts, as is:
+        self.cache: dict[str, Tensor] = {}  # shared by the folder and its parts, as are the next two:
         self.unreadable: set[str] = set()
+        self.copies: set[str] = set()  # kept pictures that have been found to be copies of forgotten ones
+        self.forgotten: dict[str, list[str]] = {}  # digest of a picture to forget: its names
+        if image_shape[0] not in (1, 3):
+            raise UserError(f"--image-channels {image_shape[0]}: pictures are read with 1 channel or with 3")
         names = sorted(self._list())
         # Opening a file reads its header only: quick enough for all, and shows most of what is no picture.
         with tqdm(names, desc=f"opening {root}", unit="picture", leave=False, delay=2) as bar:
@@ -57,9 +62,16 @@ class ImageFolder:
     def _list(self) -> Iterator[str]:
         if not self.root.is_dir():
             raise UserError(f"--data-root {self.root}: no such folder")
-        for directory, _, files in os.walk(self.root):  # follows no link to a folder
-            for path in (Path(directory, file) for file in files):
-                if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
+
+        def fail(error: OSError) -> None:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+        for directory, folders, files in os.walk(self.root, onerror=fail):
+            folders[:] = [name for name in folders if not name.startswith(".")]  # .ipynb_checkpoints
+            if links := [path for path in (Path(directory, name) for name in folders) if path.is_symlink()]:
+                raise UserError(f"{links[0]}: is a link to a folder; put the folder itself there")
+            for path in (Path(directory, name) for name in files if not name.startswith(".")):
+                if path.suffix.lower() not in ENDINGS:
                     continue
                 if path.is_symlink() and not path.resolve().is_relative_to(self.root.resolve()):
                     raise UserError(f"{path}: is a link out of the folder")
@@ -92,8 +104,14 @@ class ImageFolder:
         return self._but(device=torch.device(device))
 
     def with_last(self, names: list[str]) -> "ImageFolder":
-        """The same pictures, these last. Raises UserError for a name that is not there, with the nearest."""
-        rest = dict.fromkeys(self.names)
+        """The same pictures, these last: those to forget.
+
+        Raises UserError for a name that is not there, with the nearest, and for a picture to forget that
+        cannot be read: no other can stand in for it. Warns of kept pictures that are copies of these; of
+        those in files of another size when they are first read.
+        """
+        rest, written = dict.fromkeys(self.names), {same_looking(name): name for name in self.names}
+        names = [name if name in rest else written.get(same_looking(name), name) for name in names]
         for name in names:
             if name in rest:
                 del rest[name]
@@ -106,7 +124,20 @@ class ImageFolder:
             raise UserError(f"--forget {name}: {what}")
         if not rest:
             raise UserError("--forget: names every picture, and leaves none to keep")
-        return self._but(names=[*rest, *names])
+        paths = [self.root / name for name in names]
+        pictures = self.pool.map(read_picture, paths, [self.image_shape] * len(paths))
+        folder = self._but(names=[*rest, *names], forgotten={})
+        for name, picture in zip(names, pictures, strict=True):
+            folder.forgotten.setdefault(digest(picture), []).append(name)
+        sizes = {path.stat().st_size for path in paths}
+        for name in rest if sizes else ():
+            if (self.root / name).stat().st_size in sizes:
+                folder._read(folder.names.index(name))
+        return folder
+
+    def listing(self) -> dict[str, int]:
+        """The bytes in each picture's file, by name: by this a run that is resumed knows its data again."""
+        return {name: (self.root / name).stat().st_size for name in self.names}
 
     def __getitem__(self, place: slice | Tensor) -> "ImageFolder | Tensor":
         if isinstance(place, slice):
@@ -131,10 +162,29 @@ class ImageFolder:
                 self.unreadable.add(name)
                 tqdm.write(f"warning: {error}", file=sys.stderr)
                 continue
+            if self.forgotten:
+                self._notice(name, self.forgotten.get(digest(picture), [name]))
             if (len(self.cache) + 1) * picture.numel() <= CACHE_BYTES:
                 self.cache[name] = picture
             return picture
         raise UserError(f"{self.root}: {', '.join(self.names[:3])}: none of these can be read")
+
+    def _notice(self, name: str, alike: list[str]) -> None:
+        """Warn once if a picture that is kept is one of those to forget: `alike`."""
+        if name not in alike and name not in self.copies:
+            self.copies.add(name)
+            what = f"is the same picture as {alike[0]}, and stays among those to keep"
+            tqdm.write(f"warning: {name} {what}; remove it, or --forget it too", file=sys.stderr)
+
+
+def same_looking(name: str) -> str:
+    """One spelling of all that name the same file to the eye: "./é.jpg" with one sign or two for the é."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name))
+
+
+def digest(picture: Tensor) -> str:
+    """The same for pictures of the same pixels only."""
+    return hashlib.sha256(picture.numpy().tobytes()).hexdigest()
 
 
 @contextmanager
@@ -142,9 +192,14 @@ def opened(path: Path) -> Iterator[Image.Image]:
     """Open a picture, reading its header. What fails, also inside `with`, is a UserError naming the file."""
     try:
         with Image.open(path) as picture:
-            if min(picture.size) < LEAST_SIDE:
-                raise ValueError(f"only {picture.size[0]}×{picture.size[1]} pixels")
+            width, height = picture.size
+            if min(width, height) < LEAST_SIDE:
+                raise ValueError(f"only {width}×{height} pixels")
+            if width * height > Image.MAX_IMAGE_PIXELS:  # a small file that unfolds to gigabytes
+                raise ValueError(f"{width}×{height} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused")
             yield picture
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged file can fail anywhere in a decoder
         reason = str(error).split(" '")[0] or type(error).__name__  # some of Pillow's repeat the whole path
         raise UserError(f"{path}: not a readable picture ({reason})") from error

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -164,6 +165,75 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(colours, tmp_
     os.symlink(tmp_path / "secret.png", colours / "outside.png")
     with pytest.raises(UserError, match="outside.png: is a link out of the folder"):
         ImageFolder(str(colours), SHAPE)
+
+
+def test_hidden_folders_are_no_data_and_linked_or_unreadable_ones_are_refused(colours, tmp_path, monkeypatch):
+    (colours / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (40, 40)).save(colours / ".ipynb_checkpoints/b-checkpoint.png")
+    assert ImageFolder(str(colours), SHAPE).names == ["a picture.png", "b.png", "d.PNG", "deeper/c.webp", "ä.jpeg"]
+    os.symlink(colours / "deeper", colours / "linked")
+    with pytest.raises(UserError, match="linked: is a link to a folder"):
+        ImageFolder(str(colours), SHAPE)
+    (colours / "linked").unlink()
+    scandir = os.scandir
+
+    def refuse(path):  # root may read everything, so that no mode keeps it out
+        if str(path).endswith("deeper"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="deeper: cannot be read .Permission denied"):
+        ImageFolder(str(colours), SHAPE)
+
+
+@pytest.mark.parametrize("copy, when", [("copy.png", "at the start"), ("copy.webp", "when it is read")])
+def test_a_copy_of_a_picture_to_forget_that_stays_among_the_kept_is_named_once(copy, when, colours, capsys):
+    if when == "at the start":
+        (colours / copy).write_bytes((colours / "b.png").read_bytes())
+    else:
+        Image.open(colours / "b.png").save(colours / copy, lossless=True)
+    data = training_set("pictures", str(colours), ["b.png"], SHAPE)
+    assert capsys.readouterr().err.count("warning") == (when == "at the start")
+    data.keep[torch.arange(len(data.keep))], data.forget[torch.arange(1)]
+    data = training_set("pictures", str(colours), ["b.png"], SHAPE)
+    data.keep[torch.arange(len(data.keep))], data.keep[torch.arange(len(data.keep))]
+    said = capsys.readouterr().err.splitlines()
+    assert set(said) == {f"warning: {copy} is the same picture as b.png, and stays among those to keep; remove it, or --forget it too"}
+    assert len(said) == (1 if when == "at the start" else 2)
+
+
+def test_copies_that_are_all_forgotten_are_no_copies_among_the_kept(colours, capsys):
+    (colours / "copy.png").write_bytes((colours / "b.png").read_bytes())
+    data = training_set("pictures", str(colours), ["b.png", "copy.png"], SHAPE)
+    data.images[torch.arange(data.n)]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_no_other_picture_stands_in_for_one_to_forget(skip, colours):
+    (colours / "broken.png").write_bytes(UNREADABLE["PNG cut at 50%"]())
+    with pytest.raises(UserError, match="broken.png: not a readable picture"):
+        training_set("pictures", str(colours), ["b.png", "broken.png"], SHAPE, skip)
+
+
+@pytest.mark.parametrize("name", ["./b.png", "deeper/../b.png", "\u00e4.jpeg", "a\u0308.jpeg"])
+def test_names_that_look_equal_are_equal(name, colours):
+    assert training_set("pictures", str(colours), [name], SHAPE).forget.names[0] in ("b.png", "ä.jpeg")
+
+
+def test_a_network_of_four_channels_is_none_for_pictures(colours):
+    with pytest.raises(UserError, match="--image-channels 4: pictures are read with 1 channel or with 3"):
+        training_set("pictures", str(colours), [], (4, 16, 16))
+
+
+def test_a_picture_of_too_many_pixels_is_refused_without_changing_what_others_warn_of(colours, monkeypatch):
+    before = list(warnings.filters)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
+    with pytest.raises(UserError, match="40×30 pixels; more than 1,199 are refused"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        read_picture(colours / "b.png", SHAPE)
+    assert warnings.filters == before and not any(entry[2] is Image.DecompressionBombWarning for entry in before)
 
 
 def test_memory_is_bounded_by_a_cache_of_a_fixed_size(colours, monkeypatch):
