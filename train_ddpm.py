@@ -8,11 +8,13 @@ import copy
 import math
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
-from minisiss.machine.command_line import Parser, batch_size, number, positive, positive_int, run
+from minisiss.machine.command_line import Parser, batch_size, command, number, positive, positive_int, run
 
 MAY_CHANGE = {
-    "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "sample_every"}
+    "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "sample_every",
+    "data_root", "skip_unreadable"}
 
 
 def main() -> int:
@@ -39,7 +41,8 @@ def main() -> int:
     predict, predict_average = at(world.parallel(model)), at(average)
     optimizer, size = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True), args.batch_size
 
-    with Loop(args, "train_ddpm.py", State(model, average, optimizer, schedule), world) as loop:
+    state = State(model, average, optimizer, schedule)
+    with Loop(args, "train_ddpm.py", state, world, data.listing()) as loop:
         for step in loop:
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
             generator = step_generator(args.seed, step, device)
@@ -57,8 +60,16 @@ def main() -> int:
             if loop.due(args.sample_every) and world.rank == 0:
                 save_samples(loop.out, step + 1, predict_average, schedule, images.shape, args.seed)
     if not loop.status:
-        print(f"done: {loop.path}; next: python eval.py --checkpoint {loop.path}")
+        print(f"done: {loop.path}; next: {next_command(args, loop.path, data)}")
     return loop.status
+
+
+def next_command(args: Namespace, path: Path, data) -> str:
+    """A look at the model; of pictures none of which is to be forgotten, forgetting the first of them."""
+    if args.data == "mnist" or args.forget:
+        return command("eval.py", args, checkpoint=path)
+    size = min(args.batch_size, data.n - 1)
+    return command("unlearn.py", args, checkpoint=path, forget=data.images.names[0], batch_size=size)
 
 
 def learning_rate(step: int, args: Namespace) -> float:

@@ -14,7 +14,9 @@ from functools import partial
 from minisiss.errors import UserError
 from minisiss.machine.command_line import Parser, batch_size, filename, number, positive, positive_int, run
 
-MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples"}
+MAY_CHANGE = {
+    "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples",
+    "checkpoint", "data_root", "skip_unreadable"}
 
 
 def main() -> int:
@@ -23,7 +25,7 @@ def main() -> int:
 
     from minisiss import unlearning
     from minisiss.data.neighbours import nearest_kept
-    from minisiss.data.training_set import load_training_set, step_generator
+    from minisiss.data.training_set import checksum, load_training_set, step_generator
     from minisiss.machine.device import at_precision, pick_device
     from minisiss.machine.ranks import gradient_in_parts, start
     from minisiss.report.unlearned import BeforeAfter
@@ -39,14 +41,16 @@ def main() -> int:
     model.checkpoint_activations = args.checkpoint_activations
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
     predict, predict_average = at(model), at(average)
-    data = load_training_set(args, model.config.image_shape, device, world)
+    data = load_training_set(args, model.config.image_shape, device, world, base.forgotten)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     part = math.ceil(args.batch_size / args.accumulate)
     gradient = partial(gradient_in_parts, micro_batch=part, world=world)
 
     report = BeforeAfter(args, data, predict_average, schedule, world)
     near = nearest_kept(data, settings.neighbours) if method.neighbours else None
-    loop = Loop(args, "unlearn.py", State(model, average, optimizer, schedule), world, base=base.made_by)
+    inputs = data.listing() | {"checkpoint": checksum(*base.model.state_dict().values())}
+    state = State(model, average, optimizer, schedule)
+    loop = Loop(args, "unlearn.py", state, world, inputs, base=base.made_by)
     report.draw_before()
     ceiling = report.ceiling()
     with loop:

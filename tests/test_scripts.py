@@ -45,11 +45,11 @@ def test_train_unlearn_eval_one_after_the_other_as_commands(tmp_path):
         return done.stdout
 
     command(ROOT / "train_ddpm.py", *TINY_TRAIN)
-    assert sorted(os.listdir(tmp_path / "runs/train-1")) == ["config.json", "metrics.jsonl", "model.pt", "samples-000020.png"]
+    assert sorted(os.listdir(tmp_path / "runs/train-1")) == ["config.json", "inputs.json", "metrics.jsonl", "model.pt", "samples-000020.png"]
 
     said = command(ROOT / "unlearn.py", *TINY_UNLEARN, "--checkpoint", "runs/train-1/model.pt")
     run = tmp_path / "runs/siss-1"
-    assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "memory.png", "memory_by_step.png", "metrics.jsonl", "model.pt"]
+    assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "inputs.json", "memory.png", "memory_by_step.png", "metrics.jsonl", "model.pt"]
     assert "T-shirts among 8 samples" in said and "before_after.png" in said and "python eval.py" in said
     assert json.loads((run / "config.json").read_text())["lam"] == 0.5
     figures = next(line for line in lines(run / "metrics.jsonl") if "c" in line)

@@ -1,5 +1,7 @@
 """MNIST, the T-shirt that is mixed in, and those of them that come with the repository."""
 
+import gzip
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,6 +9,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from minisiss.errors import UserError
@@ -25,23 +28,51 @@ def digits_and_tshirt(root: str) -> tuple[Tensor, Tensor]:
     if root == BUNDLED:
         return bundled_digits(), bundled_tshirt()
     digits, fashion = from_torchvision(MNIST, root), from_torchvision(FashionMNIST, root)
-    return digits.data[:, None], fashion.data[(fashion.targets == 0).nonzero()[0]][:, None]
+    tshirts = (fashion.targets == 0).nonzero()
+    if not len(digits) or not len(tshirts):
+        raise UserError(f"--data-root {root}: holds no digits, or no garment of class 0")
+    return digits.data[:, None], fashion.data[tshirts[0]][:, None]
 
 
-def from_torchvision(dataset: type[MNIST], root: str) -> MNIST:
-    """A data set's training half, downloaded if `root` lacks it. Raises UserError if that fails."""
+def from_torchvision(dataset: type[MNIST], root: str, train: bool = True) -> MNIST:
+    """A data set's training half, or its test half, downloaded if `root` lacks it; .gz files are unpacked.
+
+    Raises UserError, naming the file, if one cannot be read, or cannot be had.
+    """
     name = dataset.__name__
     raw = Path(root) / name / "raw"
+    kinds = "images-idx3", "labels-idx1"
+    files = [raw / f"{half}-{kind}-ubyte" for half in ("train", "t10k") for kind in kinds]
+    for file in [file for file in files if not file.exists()]:
+        if (packed := Path(f"{file}.gz")).exists():
+            try:  # torchvision reads only the very .gz files that it would download
+                file.write_bytes(gzip.decompress(packed.read_bytes()))
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{packed}: cannot be unpacked ({error})") from error
     missing = [folder for folder in (raw, raw.parent, Path(root)) if not folder.exists()]
     try:
-        return dataset(root, train=True, download=True)
-    except (OSError, RuntimeError, ValueError) as error:
+        found = dataset(root, train=train, download=True)
+    except Exception as error:  # torchvision's reader has no exception of its own
+        for file in files[:2] if train else files[2:]:
+            if file.exists() and (problem := what_is_wrong(file)):
+                raise UserError(f"{file}: not a readable IDX file ({problem})") from error
         for folder in missing:  # torchvision makes them before it downloads
             with suppress(OSError):
                 folder.rmdir()
         raise UserError(
             f"--data-root {root}: no readable {name}/raw there, and downloading it failed ({error}); put the "
             f"four {name} IDX files in {raw}, or use --data-root {BUNDLED}") from error
+    if len(found.data) != len(found.targets):
+        raise UserError(f"{raw}: has {len(found.data)} images and {len(found.targets)} labels")
+    return found
+
+
+def what_is_wrong(file: Path) -> str | None:
+    """Why an IDX file cannot be read; None if it can."""
+    try:
+        read_sn3_pascalvincent_tensor(str(file))
+    except Exception as error:  # KeyError of an unknown type, AssertionError of a length, …
+        return " ".join(str(error).split())[:80] or "damaged, or of another format"
 
 
 def bundled_digits() -> Tensor:
@@ -57,9 +88,11 @@ def bundled_tshirt() -> Tensor:
 def held_out_digits(root: str) -> Tensor:
     """MNIST's test digits, which no model was trained on: [10000, 1, 28, 28] uint8.
 
-    `root` is one that `digits_and_tshirt` has read; "bundled" has the first 100 of each class.
+    `root` is as for `digits_and_tshirt`; "bundled" has the first 100 of each class. Raises UserError.
     """
-    return read_sheet("test-digits.png") if root == BUNDLED else MNIST(root, train=False).data[:, None]
+    if root == BUNDLED:
+        return read_sheet("test-digits.png")
+    return from_torchvision(MNIST, root, train=False).data[:, None]
 
 
 def read_sheet(name: str) -> Tensor:

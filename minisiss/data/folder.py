@@ -103,6 +103,12 @@ class ImageFolder:
         """The same pictures, on this device once they are read."""
         return self._but(device=torch.device(device))
 
+    def without(self, names: set[str]) -> "tuple[ImageFolder, ImageFolder | None]":
+        """The other pictures, and those of these names that are there, None if none is."""
+        there = [name for name in self.names if name in names]
+        rest = self._but(names=[name for name in self.names if name not in names])
+        return (rest, self._but(names=there)) if there else (self, None)
+
     def with_last(self, names: list[str]) -> "ImageFolder":
         """The same pictures, these last: those to forget.
 

@@ -1,17 +1,21 @@
 """Training sets X = keep ∪ forget, in memory or as a folder of pictures, and the random draws from them."""
 
+import functools
+import sys
 import zlib
 from argparse import Namespace
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from minisiss.data.digits import BUNDLED, digits_and_tshirt
 from minisiss.data.folder import ImageFolder
-from minisiss.errors import UserError
+from minisiss.errors import UserError, rank
 from minisiss.machine.ranks import ALONE, World
+
+MEASURED = 64  # of many pictures to forget, or to keep, so many are looked at
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class TrainingSet:
     k: int
     name: str = "T-shirt"  # what is forgotten, for people
     world: World = ALONE
+    before: ImageFolder | None = None  # pictures that the model has forgotten already: not in X
 
     @property
     def n(self) -> int:
@@ -45,50 +50,69 @@ class TrainingSet:
         images = {"all": self.images, "rest": self.keep, "forget": self.forget}[part]
         return self.world.gather(draw(images, count, generator, self.world))
 
-    def originals(self, count: int) -> Tensor:
-        """`count` images of A in order, and from the start again: [count, C, H, W] float32 in [−1, 1].
+    def measured(self, count: int) -> tuple[str, Tensor]:
+        """Their name, and the different pictures of A, from the start again if they are fewer than `count`:
+        [≥ count, C, H, W] float32 in [−1, 1]. Of more than max(`count`, 64) the first, and the name says so.
 
         Raises UserError where A is empty.
         """
         if not self.k:
             raise UserError("--forget: name the pictures to forget")
-        return to_float(self.forget[torch.arange(count) % self.k])
+        first = to_float(self.forget[torch.arange(min(self.k, max(MEASURED, count)))])
+        same = first.flatten(1).unique(dim=0, return_inverse=True)[1].tolist()
+        places = sorted({number: place for place, number in reversed([*enumerate(same)])}.values())
+        all_of_a = len(first) == self.k or len(places) < len(first)  # the T-shirt's copies are one picture
+        name = self.name if all_of_a else f"{self.name} (the first {len(first)})"
+        return name, first[[places[i % len(places)] for i in range(max(count, len(places)))]]
 
     def kept(self) -> Tensor:
         """The first images of X∖A, 64 at most: [≤ 64, C, H, W] float32 in [−1, 1]."""
-        return to_float(self.keep[torch.arange(min(64, len(self.keep)))])
+        return to_float(self.keep[torch.arange(min(MEASURED, len(self.keep)))])
+
+    def listing(self) -> dict[str, int]:
+        """What a run that is resumed knows its data again by: sizes of files, by name, or checksums."""
+        if isinstance(self.images, ImageFolder):
+            return self.images.listing()
+        return {"digits": checksum(self.keep), "T-shirts": checksum(self.forget)}
 
 
 def load_training_set(
         args: Namespace, image_shape: tuple[int, int, int], device: torch.device,
-        world: World = ALONE) -> TrainingSet:
+        world: World = ALONE, before: Iterable[str] = ()) -> TrainingSet:
     """`training_set` by a script's flags, on a device. Rank 0, which may download, goes first.
 
     Raises UserError as well where a batch is larger than a folder, or A is to be excluded and is empty.
     """
-    found = world.rank_0_first(
-        lambda: training_set(args.data, args.data_root, args.forget, image_shape, args.skip_unreadable))
+    found = world.rank_0_first(lambda: training_set(
+        args.data, args.data_root, args.forget, image_shape, args.skip_unreadable, before))
     kept = len(found.keep)
     if args.data == "pictures" and getattr(args, "batch_size", 0) > kept:
-        raise UserError(f"--batch-size {args.batch_size}: there are only {kept} pictures to keep")
+        only = "is only 1 picture" if kept == 1 else f"are only {kept} pictures"
+        raise UserError(f"--batch-size {args.batch_size}: there {only} to keep")
     if getattr(args, "exclude_forget", False) and not found.k:
         raise UserError("--exclude-forget: name the pictures to leave out with --forget")
-    return TrainingSet(found.images.to(device), found.k, found.name, world)
+    before = found.before and found.before.to(device)
+    return replace(found, images=found.images.to(device), before=before, world=world)
 
 
 def training_set(
         kind: str, root: str, forget: list[str], image_shape: tuple[int, int, int],
-        skip_unreadable: bool = False) -> TrainingSet:
+        skip_unreadable: bool = False, before: Iterable[str] = ()) -> TrainingSet:
     """The training set that --data, --data-root and --forget name, for a network of images [C, H, W].
 
-    Raises UserError where it cannot be had, or has images of another shape.
+    before: names of pictures that the model has forgotten already. They are not in X, or it would be trained
+    on them again. Raises UserError where it cannot be had, or has images of another shape.
     """
     if kind == "pictures":
         if root == BUNDLED:
             raise UserError(f"--data-root {BUNDLED}: those are digits; give the folder of your pictures")
-        names = [name for entry in forget for name in read_names(entry)]
-        folder = ImageFolder(root, image_shape, skip_unreadable).with_last(names)
-        return TrainingSet(folder, len(names), names[0] if len(names) == 1 else f"{len(names)} pictures")
+        folder = ImageFolder(root, image_shape, skip_unreadable)
+        folder, apart = folder.without(set(before).difference(forget))
+        if apart and rank() == 0:
+            names = ", ".join(apart.names[:3]) + (f" and {len(apart) - 3} more" if len(apart) > 3 else "")
+            print(f"forgotten before, so not among the pictures to keep: {names}", file=sys.stderr)
+        name = forget[0] if len(forget) == 1 else f"{len(forget)} pictures"
+        return TrainingSet(folder.with_last(forget), len(forget), name, before=apart)
     if forget:
         what = "is for --data pictures; among the digits it is the T-shirt that is forgotten"
         raise UserError(f"--forget {forget[0]}: {what}")
@@ -100,19 +124,6 @@ def training_set(
     return data
 
 
-def read_names(entry: str) -> list[str]:
-    """The names in an entry of --forget: itself, or a .txt's lines. Raises UserError if there are none."""
-    if not entry.endswith(".txt"):
-        return [entry]
-    try:
-        names = [line.strip() for line in Path(entry).read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--forget {entry}: not a readable text file ({error})") from error
-    if not names:
-        raise UserError(f"--forget {entry}: names no picture")
-    return names
-
-
 def mnist_with_tshirt(root: str) -> TrainingSet:
     """MNIST's training digits, and one T-shirt as often as makes 1% of them (the paper, section 5).
 
@@ -121,6 +132,12 @@ def mnist_with_tshirt(root: str) -> TrainingSet:
     digits, tshirt = digits_and_tshirt(root)
     k = len(digits) // 100
     return TrainingSet(torch.cat([digits, tshirt.expand(k, -1, -1, -1)]), k)
+
+
+def checksum(*tensors: Tensor) -> int:
+    """The same for tensors of the same bytes."""
+    add = lambda so_far, tensor: zlib.crc32(tensor.cpu().contiguous().numpy(), so_far)  # noqa: E731
+    return functools.reduce(add, tensors, 0)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ import argparse
 import ast
 import json
 import os
+import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from minisiss.presets import PRESETS
 
 def run(script: Callable[[], int | None]) -> None:
     """Run a script's main function and turn what the user should know into one line and an exit status."""
+    for stream in (sys.stdout, sys.stderr):  # escape what a terminal that is not of UTF-8 cannot show
+        stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", "Image size")  # Pillow's, of pictures that `data.folder` refuses
     if rank():  # rank 0 speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -46,11 +51,27 @@ def complain(error: Exception) -> None:
     print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def read_config(directory: str) -> dict[str, Any]:
-    """The settings a run was started with. Raises UserError if there is no run."""
-    path = Path(directory) / "config.json"
+# Flags that say what the data is, and what they are where nothing is said.
+OF_DATA = {
+    "preset": "mnist-small", "data": "mnist", "data_root": "bundled", "forget": [], "skip_unreadable": False}
+
+
+def command(script: str, args: argparse.Namespace | None = None, **flags: Any) -> str:
+    """A command to paste: a script beside the one that runs, with the data flags of `args`, and these."""
+    words = ["python", str(Path(sys.argv[0]).parent / Path(script).name)]
+    of_args = {name: getattr(args, name) for name in OF_DATA} if args else {}
+    for name, value in (of_args | flags).items():
+        if value != OF_DATA.get(name):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values if value is not True else [])]
+    return shlex.join(words)
+
+
+def read_config(directory: str | Path, name: str = "config.json") -> dict[str, Any]:
+    """The settings a run was started with, or another of its files. Raises UserError if there is no run."""
+    path = Path(directory) / name
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{directory}: holds no run (no readable {path})") from error
     except (ValueError, RecursionError) as error:
@@ -83,6 +104,20 @@ def filename(text: str) -> str:
     if text in ("", "-") or "\0" in text:
         raise argparse.ArgumentTypeError(f"'{text}' should be the name of a file or directory")
     return text
+
+
+def read_names(entry: str) -> list[str]:
+    """The names in an entry of --forget: itself, or a .txt's lines. Raises UserError if there are none."""
+    if not entry.endswith(".txt"):
+        return [entry]
+    try:  # a byte-order mark is no part of the first name, and a name need not be UTF-8
+        lines = Path(entry).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--forget {entry}: not a readable text file ({error})") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise UserError(f"--forget {entry}: names no picture")
+    return names
 
 
 positive_int = number(int, 1, 10**9)
@@ -143,7 +178,14 @@ class Parser(argparse.ArgumentParser):
         preset = PRESETS.get(chosen.preset, {})  # an unknown name is reported by the real parse
         for part in (*self.preset_parts, f"unlearn {chosen.method}"):
             self.set_defaults(**preset.get(part, {}))
-        return super().parse_args()
+        return self.parse_again()
+
+    def parse_again(self) -> argparse.Namespace:
+        """Parse with the defaults as they are now. Lists of names to forget are read, and not kept."""
+        args = super().parse_args()
+        if "forget" in args:
+            args.forget = [name for entry in args.forget for name in read_names(entry)]
+        return args
 
     def add_fields(self, module: str, record: str, one_of: tuple[str, ...] = ()) -> None:
         """A flag for each field of a dataclass, see `declarations`; of those in `one_of` one at most."""
@@ -227,7 +269,7 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"is not that of a run of {self.prog}")
         except UserError as error:
             raise UserError(f"{Path(args.resume) / 'config.json'}: {error}") from error
-        args = super().parse_args()
+        args = self.parse_again()
         typed = json.loads(json.dumps(vars(args)))
         changed = [f"--{key.replace('_', '-')} {value}" for key, value in config.items()
                    if key not in free and typed.get(key) != value]

@@ -1,11 +1,9 @@
 """Which device to compute on, and in which precision."""
 
-import os
-
 import torch
 from torch import Tensor, nn
 
-from minisiss.errors import UserError
+from minisiss.errors import UserError, of_torchrun
 from minisiss.schedule import Model
 
 
@@ -16,11 +14,11 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+    if name.startswith("cuda") and (ranks := of_torchrun("LOCAL_WORLD_SIZE", 1)) > 1:
         if name != "cuda" or ranks > torch.cuda.device_count():
             most = f"no more ranks than GPUs ({torch.cuda.device_count()})"
             raise UserError(f"--device {name}: {ranks} ranks take a GPU each; use --device auto, and {most}")
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{of_torchrun('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -5,7 +5,6 @@ computes its share, and gradients are added up over the ranks before anything is
 what one does, to rounding, and what one of them decides, all decide. Rank 0 alone speaks and writes files.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minisiss.errors import UserError, rank
+from minisiss.errors import UserError, of_torchrun, rank
 from minisiss.losses import Difference, Term
 from minisiss.unlearning import Gradient
 
@@ -104,7 +103,7 @@ def start(device: torch.device, batch_size: int = 0) -> World:
 
     Raises UserError when the ranks cannot share a batch of this size.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = of_torchrun("WORLD_SIZE", 1)
     if size == 1:
         return ALONE
     if batch_size % size:

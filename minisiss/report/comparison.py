@@ -50,7 +50,7 @@ def group(results: list[Results]) -> Groups:
     groups: Groups = {}
     for (method, settings), members in together.items():
         others = [json.loads(other) for name, other in together if name == method]
-        differing = [f"{name} {value}" for name, value in json.loads(settings).items()
+        differing = [f"{name} {str(value)[:40]}" for name, value in json.loads(settings).items()
                      if any(other.get(name) != value for other in others)]
         groups[f"{method} ({', '.join(differing)})" if differing else method] = members
     return groups
@@ -138,16 +138,16 @@ def table_of_losses(groups: Groups) -> str:
 def write(out: Path, results: list[Results], timesteps: list[int], forgotten: str) -> None:
     """Write results.json, results.md and, with matplotlib, pareto.png; and print the table."""
     groups, middle = group(results), median_high(timesteps)
-    text = f"{table(groups, middle)}\n\nWhat comes back, as similarity and signal-to-noise ratio:\n\n"
-    text += f"{table_of_memory(groups, timesteps, forgotten)}\n"
-    print(f"\n{text}")
-    compared = "losses" in results[0]
+    said = f"{table(groups, middle)}\n\nWhat comes back, as similarity and signal-to-noise ratio:\n\n"
+    said += f"{table_of_memory(groups, timesteps, forgotten)}\n"
+    text, compared = said, "losses" in results[0]
     if compared:
         losses = "Denoising loss, by tenths of the timesteps from the least noise to the most:"
         text += f"{__doc__.partition(':')[2]}\n{losses}\n\n{table_of_losses(groups)}\n"
-    write_atomically(out / "results.md", lambda file: file.write(text.encode()))
+    write_atomically(out / "results.md", lambda file: file.write(text.encode(errors="backslashreplace")))
     rows = {label: [result["run"] for result in members] for label, members in groups.items()}
     write_json(out / "results.json", {"rows": rows, "runs": results})
+    print(f"\n{said}")
     if compared:
         try:
             from minisiss.report.plots import save_pareto

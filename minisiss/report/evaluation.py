@@ -3,6 +3,7 @@
 import hashlib
 import json
 import statistics
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from minisiss.data.digits import ASSETS, BUNDLED, held_out_digits
 from minisiss.data.training_set import draw, load_training_set, step_generator, to_float
 from minisiss.errors import UserError
-from minisiss.machine.command_line import read_config
+from minisiss.machine.command_line import command, read_config
 from minisiss.machine.device import at_precision
 from minisiss.machine.ranks import ALONE, World
 from minisiss.metrics import classifier, colour, forgetting
@@ -91,7 +92,7 @@ def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] 
         what = "does not say how it was made; it is not from train_ddpm.py or unlearn.py"
         raise UserError(f"{path}: {what}") from error
     if run.steps < total:
-        again = f"continue it with: python {script} --resume {name}"
+        again = f"continue it with: {command(script, resume=name)}"
         raise UserError(f"{name}: the run was cut short at step {run.steps} of {total}; {again}")
     return run
 
@@ -127,7 +128,7 @@ class Evaluation:
         self.sscd = args.sscd and load(args.sscd, "--sscd", colour.SSCD, device)
         self.inception = args.inception and load(args.inception, "--inception", colour.INCEPTION, device)
         data = load_training_set(args, image_shape, device, world)
-        self.forgotten, self.originals = data.name, data.originals(args.draws)
+        self.forgotten, self.originals = data.measured(args.draws)
         self.sets = {"forget set": data.forget, "kept": data.keep}
         self.remembered = {"memory": self.originals} | ({} if self.mnist else {"kept_memory": data.kept()})
         self.classifier = None
@@ -204,8 +205,11 @@ def kept_samples(run: Run, model: Model, schedule: NoiseSchedule, count: int,
         samples = draw_samples(model, schedule, count, image_shape, **how)
 
         def keep() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: torch.save(samples, file))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, lambda file: torch.save(samples, file))
+            except (OSError, UserError) as error:  # a colleague's directory: they are drawn again next time
+                tqdm.write(f"warning: {run.name}: its samples are not kept ({error})", file=sys.stderr)
 
         if path:
             world.on_rank_0(keep)

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisiss.data.training_set import TrainingSet, to_float
+from minisiss.machine.command_line import command
 from minisiss.machine.ranks import World
 from minisiss.metrics import forgetting
 from minisiss.metrics.samples import draw_samples
@@ -26,10 +27,12 @@ class BeforeAfter:
     def __init__(self, args: Namespace, data: TrainingSet, model: Model, schedule: NoiseSchedule,
                  world: World) -> None:
         self.args, self.data, self.model, self.schedule, self.world = args, data, model, schedule, world
-        self.forgotten, self.mnist, self.warned = data.originals(args.draws), args.data == "mnist", False
-        self.sets = {data.name: self.forgotten}
+        (self.name, self.forgotten), self.mnist = data.measured(args.draws), args.data == "mnist"
+        self.sets, self.warned = {self.name: self.forgotten}, False
         if not self.mnist:  # a model of few pictures remembers those it keeps, one of many digits does not
             self.sets["kept pictures"] = data.kept()
+        if data.before:
+            self.sets["forgotten before"] = TrainingSet(data.before, len(data.before)).measured(1)[1]
         self.middle = median_high(args.memory_timesteps)
         self.strip: dict[int, Tensor] = {}
         self.tau: Tensor | None = None
@@ -63,8 +66,8 @@ class BeforeAfter:
 
     def look(self, loop: Loop) -> None:
         """Log what comes back of the forget set at the middle timestep, and how well noise is predicted."""
-        step, name = loop.state.step, self.data.name
-        _, back = self.recall(self.forgotten, self.middle) if step else self.before[1][name][self.middle]
+        step = loop.state.step
+        _, back = self.recall(self.forgotten, self.middle) if step else self.before[1][self.name][self.middle]
         memory = forgetting.similarity(back, self.forgotten).mean()
         figures = {"memory": memory, "memory_timestep": self.middle}
         for part, images in (("kept", self.data.keep), ("forget", self.data.forget)):
@@ -104,14 +107,14 @@ class BeforeAfter:
                 denoised = memories_before[name][t][1], memories_after[name][t][1]
                 cells = [self.how_alike(images, originals) for images in denoised]
                 rows.append([f"{name} noised to t = {t} comes back (similarity)", *cells])
-        print(f"\n{aligned([*rows, ['seconds of unlearning', '', f'{state.seconds:.1f}']])}\n")
-
-        out, name = loop.out, self.data.name
+        out = loop.out
         save_before_after(out / "before_after.png", before, after, copies)
-        save_memory(out / "memory.png", self.forgotten, memories_before[name], memories_after[name])
+        save_memory(out / "memory.png", self.forgotten, memories_before[self.name], memories_after[self.name])
         save_strip(out / "memory_by_step.png", self.args.memory_timesteps, self.strip)
+        print(f"\n{aligned([*rows, ['seconds of unlearning', '', f'{state.seconds:.1f}']])}\n")
         pictures = ", ".join(sorted(path.name for path in out.glob("*.png")))
-        print(f"Look at the pictures in {out}: {pictures}; next: python eval.py --checkpoint {loop.path}")
+        following = command("eval.py", self.args, checkpoint=loop.path)
+        print(f"Look at the pictures in {out}: {pictures}; next: {following}")
 
     def how_alike(self, denoised: Tensor, originals: Tensor) -> str:
         """Which share of the T-shirts came back, or how many decibels; and the similarity."""

@@ -29,6 +29,18 @@ class Checkpoint:
     made_by: dict[str, Any]  # what made it: script, settings, steps, seconds
     training: dict[str, Any]  # what --resume needs; empty in a checkpoint that is not to be continued
 
+    @property
+    def forgotten(self) -> list[str]:
+        """The names of the pictures that this model has forgotten, or one that it was made from."""
+        names, made_by = [], self.made_by
+        while isinstance(made_by, dict):
+            settings = made_by.get("settings")
+            forget = settings.get("forget") if isinstance(settings, dict) else None
+            if isinstance(forget, list) and ("method" in settings or settings.get("exclude_forget")):
+                names += [name for name in forget if isinstance(name, str)]
+            made_by = made_by.get("base")
+        return names
+
 
 def save(
         path: Path | str, model: UNet, schedule: NoiseSchedule, made_by: dict[str, Any],
@@ -63,7 +75,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         model.to_empty(device=device).load_state_dict(ema or weights)
         schedule = checked_schedule(state["schedule"]).to(device)
         # Reports show what made it, which should be a little JSON: lists in each other can be endless JSON.
-        if any(count > 10_000 for count, _ in enumerate(json.JSONEncoder().iterencode(state["made_by"]))):
+        if any(count > 100_000 for count, _ in enumerate(json.JSONEncoder().iterencode(state["made_by"]))):
             raise ValueError("its made_by is too long")
         training = state["training"] and {**state["training"], "weights": weights, "ema": ema}
         return Checkpoint(model, schedule, state["made_by"], training)

@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from minisiss.data.digits import BUNDLED
 from minisiss.errors import UserError
+from minisiss.machine.command_line import read_config
 from minisiss.runs.files import UNFINISHED, write_atomically
 
 
@@ -26,16 +29,57 @@ def new_directory(out: str | None, name: str) -> Path:
 
 
 def write_config(directory: Path, args: Namespace) -> None:
-    """Write config.json, the settings that --resume goes on with."""
+    """Write config.json, the settings that --resume goes on with, from wherever it is called."""
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
+    for name in {"checkpoint", "data_root"} & settings.keys():
+        if settings[name] != BUNDLED:
+            settings[name] = os.path.abspath(settings[name])
     write_json(directory / "config.json", settings)
 
 
-def open_again(directory: str) -> Path:
-    """The directory of a run to continue, without what a killed process left there half written."""
-    for unfinished in Path(directory).glob(f"{UNFINISHED}*"):
+def compare_inputs(directory: Path, inputs: dict[str, int]) -> None:
+    """Raises UserError, naming what differs, where a run began with other inputs than it would go on with.
+
+    inputs: sizes of files or checksums, by names, kept in inputs.json. A run that has none gets these.
+    """
+    path = directory / "inputs.json"
+    if not path.exists():
+        return write_json(path, inputs)
+    began, rows = read_config(directory, path.name), []
+    for what, names in (
+            ("gone", began.keys() - inputs.keys()), ("new", inputs.keys() - began.keys()),
+            ("changed", {name for name in began.keys() & inputs.keys() if began[name] != inputs[name]})):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            rows.append(f"{what}: {', '.join(sorted(names)[:3])}{more}")
+    if rows:
+        raise UserError(f"--resume {directory}: that run began with other data ({'; '.join(rows)})")
+
+
+def lock(directory: Path) -> int | None:
+    """Keep other processes from running in a directory until this file descriptor is closed.
+
+    Raises UserError where another is at it. None where the system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise UserError(f"{directory}: another process is running there") from error
+        return None  # a network's file system without locks
+
+
+def clean(directory: Path) -> None:
+    """Remove what a killed process left half written."""
+    for unfinished in directory.glob(f"{UNFINISHED}*"):
         unfinished.unlink(missing_ok=True)
-    return Path(directory)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """The steps of a run, as both loops share them: resuming, bar and log, saving, stopping on a signal."""
 
+import os
 import signal
 import time
+import weakref
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisiss.errors import Diverged
+from minisiss.machine.command_line import command
 from minisiss.machine.ranks import World
 from minisiss.runs import checkpoint
-from minisiss.runs.directory import Metrics, new_directory, open_again, write_config
+from minisiss.runs.directory import Metrics, clean, compare_inputs, lock, new_directory, write_config
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet
 
@@ -34,33 +38,41 @@ class State:
 class Loop:
     """The steps from where a run is to its last:
 
-        with Loop(args, "unlearn.py", state, world) as loop:
+        with Loop(args, "unlearn.py", state, world, inputs) as loop:
             for step in loop:
                 ...  # draw, step, average
                 loop.stepped()
                 if loop.due(10):
                     ...  # log, look
 
-    It saves when that is due, and after the step in which Ctrl-C or SIGTERM comes, where it ends; a second
-    Ctrl-C ends it at once. A run to resume takes up its checkpoint on entering: until then the weights
+    It saves when that is due, and after the step in which Ctrl-C, SIGTERM or SIGHUP comes, where it ends; a
+    second Ctrl-C ends it at once. A run to resume takes up its checkpoint on entering: until then the weights
     are those before the run. FloatingPointError inside ends the run as Diverged, which names the last good
-    checkpoint. Raises UserError where no directory can be made, or the run cannot be continued.
+    checkpoint. Raises UserError where no directory can be made, another process is running there, or the run
+    cannot be continued: not with other `inputs`, see `compare_inputs`.
     """
 
-    def __init__(self, args: Namespace, script: str, state: State, world: World, **made_by: Any) -> None:
+    def __init__(self, args: Namespace, script: str, state: State, world: World, inputs: dict[str, int],
+                 **made_by: Any) -> None:
         self.args, self.script, self.state, self.world, self.made_by = args, script, state, world, made_by
         self.name, self.words = getattr(args, "method", "train"), {}
         self.noted = self.status = 0  # the exit status: 0, or 128 + the signal that ended the run
-        self.out = world.on_rank_0(
-            lambda: open_again(args.resume) if args.resume else new_directory(args.out, self.name))
+        self.out = Path(args.resume or world.on_rank_0(lambda: new_directory(args.out, self.name)))
         self.path, self.training = self.out / "model.pt", None
-        if not args.resume:
-            world.on_rank_0(lambda: write_config(self.out, args))
-        elif self.path.exists():  # a run that was killed early has none
+        self.unlock = lambda: None
+        world.on_rank_0(self.open)
+        if args.resume and self.path.exists():  # a run that was killed early has none
             self.training = checkpoint.load_training(self.path, state.model, args.steps)
             state.step, state.seconds = self.training["step"], self.training["seconds"]
+        world.on_rank_0(lambda: (compare_inputs(self.out, inputs), write_config(self.out, args)))
         self.start = self.saved = state.step
         self.metrics = Metrics(self.out, self.start, writes=world.rank == 0)
+
+    def open(self) -> None:
+        """Keep other processes out of the directory until the steps are done."""
+        if (handle := lock(self.out)) is not None:
+            self.unlock = weakref.finalize(self, os.close, handle)
+        clean(self.out)
 
     def __enter__(self) -> "Loop":
         if found := self.training:
@@ -70,7 +82,11 @@ class Loop:
             state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": found["moments"]})
         if not self.start:
             self.save()
-        self.handlers = {kind: signal.signal(kind, self.note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        kinds = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)  # of a terminal that is closed; Windows has none
+        if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup ignores it
+            kinds.append(hangup)
+        self.handlers = {kind: signal.signal(kind, self.note) for kind in kinds}
         self.bar = tqdm(initial=self.start, total=self.args.steps, desc=self.name, unit="step")
         return self
 
@@ -117,6 +133,7 @@ class Loop:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         self.bar.close()
+        self.unlock()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         step = self.state.step
@@ -124,4 +141,4 @@ class Loop:
             kept = f"{self.path} holds step {self.saved}, the last good one"
             raise Diverged(f"step {step + 1}: {error}; {kept}") from error
         if self.status and not error:
-            print(f"stopped at step {step}; continue with: python {self.script} --resume {self.out}")
+            print(f"stopped at step {step}; continue with: {command(self.script, resume=self.out)}")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minisiss.errors import UserError
+from minisiss.errors import UserError, of_torchrun
 from minisiss.machine import ranks
 from minisiss.machine.command_line import Parser, batch_size, filename, number, positive_int, run
 from minisiss.machine.device import pick_device
@@ -214,7 +214,7 @@ def main() -> int:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: should be a file, in a directory that exists")
     presets = args.presets or (["mnist-tiny"] if args.quick else ["mnist-small", "mnist", "celebahq"])
-    if args.scaling is not None and "RANK" in os.environ:  # one of the ranks that `scaling` starts
+    if args.scaling is not None and of_torchrun("WORLD_SIZE", 0):  # one of the ranks that `scaling` starts
         world = ranks.start(device)
         found = {}
         for preset in presets:
