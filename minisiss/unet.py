@@ -47,6 +47,8 @@ class UNetConfig:
         channels, last = self.channels, len(self.channels) - 1
         if last < 0 or channels[0] % 2:  # the first is the time embedding's width
             raise ValueError(f"channels must be at least one, and the first even, got {channels}")
+        if channels[0] == 2 * self.freq_shift:
+            raise ValueError(f"channels must begin with 4 or more if freq_shift is 1, got {channels}")
         if any(c % self.norm_groups for c in channels):
             raise ValueError(f"channels {channels} must be divisible by norm_groups {self.norm_groups}")
         if any(level > last for level in self.attention_levels):

@@ -148,11 +148,17 @@ def test_an_untrained_network_predicts_zero():
         (dict(head_channels=5), "head_channels"),
         (dict(image_size=7), "image_size"),
         (dict(channels=(9, 9), norm_groups=3), "even"),
+        (dict(channels=(2, 2), norm_groups=1), "4 or more if freq_shift is 1"),  # 0 / 0 in the time embedding
     ],
 )
 def test_impossible_configs_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         UNetConfig(**{**SMALL, "attention_levels": (1,), **options})
+
+
+def test_two_channels_are_enough_where_the_frequencies_are_not_shifted():
+    model = randomise(UNet(UNetConfig(**{**SMALL, "channels": (2, 2), "norm_groups": 1}, freq_shift=0)))
+    assert model(torch.randn(1, 1, 8, 8), torch.tensor([3])).isfinite().all()
 
 
 @pytest.mark.parametrize("pixels", [49, 257])
