@@ -4,21 +4,25 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from minisiss import unet
-from minisiss.errors import UserError
+from minisiss.errors import UserError, rank
 from minisiss.runs.files import MOST_TIMESTEPS, UNREADABLE, check_tensors, read_tensors
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model"
+NETWORKS = ["unet"]  # the folders of a pipeline that can hold its network
 # Arguments of their UNet2DModel: (our field of `UNetConfig`, their default where a config leaves it out);
 FIELDS = {
     "sample_size": ("image_size", None), "in_channels": ("image_channels", 3),
@@ -69,29 +73,45 @@ def load_pretrained(directory: Path | str) -> tuple[UNet, NoiseSchedule]:
     """Read a published DDPM, such as google/ddpm-celebahq-256: network, in float32 on the CPU, and schedule.
 
     `directory`, or unet/ in it, holds config.json and diffusion_pytorch_model.safetensors or .bin. The
-    schedule is that of a scheduler_config.json there, beside it or in scheduler/; without one,
-    `NoiseSchedule.linear()`. Raises UserError, naming the file and the value, key or shape, for a model that
-    our UNet cannot reproduce, and for a link that leads out of `directory`.
+    schedule is that of a scheduler_config.json there, beside unet/, also if that is `directory`, or in
+    scheduler/ in one of these; without one, `NoiseSchedule.linear()`, which a line on stderr then says.
+    Raises UserError, naming the file and the value, key or shape, for a model that our UNet cannot reproduce,
+    and for a link that leads out of `directory`, or out of the folder with the schedule beside it.
     """
     directory = Path(directory)
-
-    def inside(path: Path) -> Path:
-        if not path.resolve().is_relative_to(directory.resolve()):
-            raise UserError(f"{path}: is a link out of {directory}; put a copy of the file there")
-        return path
-
-    folder = next((f for f in (directory, directory / "unet") if (f / "config.json").is_file()), None)
+    if not directory.name.strip("."):  # "." has neither a name nor a parent
+        directory = directory.resolve()
+    folders = directory, *(directory / name for name in NETWORKS)
+    folder = next((f for f in folders if (f / "config.json").is_file()), None)
     if folder is None:
         raise UserError(f"{directory}: holds no published model (no config.json in it or in its unet/)")
+    pipeline = folder.parent if folder.name in NETWORKS else folder
+
+    def inside(path: Path) -> Path:
+        root = directory if path.is_relative_to(directory) else pipeline
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{path}: is a link out of {root}; put a copy of the file there")
+        return path
+
     config = read_json(inside(folder / "config.json"), unet_config)
-    places = [place / "scheduler_config.json" for f in (folder, directory) for place in (f, f / "scheduler")]
+    places = [place / "scheduler_config.json" for f in (folder, pipeline) for place in (f, f / "scheduler")]
     scheduler = next((place for place in places if place.is_file()), None)
     schedule = read_json(inside(scheduler), noise_schedule) if scheduler else NoiseSchedule.linear()
     with torch.device("meta"):  # names and shapes only: memory comes when all of them fit
         model = UNet(config)
     weights = read_weights(inside(weights_file(folder)), model)
     model.to_empty(device="cpu").load_state_dict(weights)
+    if not scheduler:
+        assumed = "linear, {:g} to {:g} in {} timesteps".format(*schedule.betas[[0, -1]], len(schedule))
+        say(f"{folder}: no scheduler_config.json in it or beside it; the schedule is assumed to be {assumed}")
     return model, schedule
+
+
+@cache  # eval.py reads a model twice
+def say(what: str) -> None:
+    """A note on stderr, of rank 0 alone, and only once."""
+    if rank() == 0:
+        tqdm.write(f"note: {what}", file=sys.stderr)
 
 
 def save_pretrained(directory: Path | str, model: UNet, schedule: NoiseSchedule) -> None:

@@ -526,6 +526,28 @@ def test_a_link_out_of_the_directory_is_not_followed(published, linked, tmp_path
     assert one_line(caught.value, path, "is a link out of"), caught.value
 
 
+@pytest.mark.parametrize("linked", ["scheduler", "scheduler/scheduler_config.json"])
+def test_a_link_out_of_the_folder_with_the_schedule_beside_the_network_is_not_followed(published, linked, tmp_path):
+    """And the weights stay in the directory that was given, as ever."""
+    model = tmp_path / "model"
+    (model / "scheduler").mkdir(parents=True)
+    shutil.move(published, model / "unet")
+    (model / "unet/scheduler_config.json").rename(model / "scheduler/scheduler_config.json")
+    pretrained.load_pretrained(model / "unet")
+    path = model / linked
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError) as caught:
+        pretrained.load_pretrained(model / "unet")
+    assert one_line(caught.value, model / "scheduler/scheduler_config.json", "is a link out of"), caught.value
+    path.unlink()
+    (model / "unet/config.json").rename(model / "config.json")
+    (model / "unet/config.json").symlink_to(model / "config.json")
+    with pytest.raises(UserError) as caught:
+        pretrained.load_pretrained(model / "unet")
+    assert one_line(caught.value, model / "unet/config.json", "is a link out of"), caught.value
+
+
 # Memory, and the scripts.
 
 

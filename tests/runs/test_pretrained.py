@@ -163,6 +163,39 @@ def test_layouts(tiny, tmp_path, places):
     assert torch.equal(model.conv_in.weight, tiny.conv_in.weight)
 
 
+@pytest.mark.parametrize("typed", ["pipe/unet", "pipe/unet/", "./pipe/../pipe/unet", "in pipe/unet: .", "in pipe: unet/"])
+def test_the_schedule_beside_the_network_is_found(published, tmp_path, monkeypatch, capsys, typed):
+    pipe = tmp_path / "pipe"
+    place, _, directory = typed.rpartition(": ")
+    shutil.copytree(published, pipe / ("unet_ema" if "unet_ema" in typed else "unet"))
+    (pipe / "scheduler").mkdir()
+    (config,) = pipe.glob("unet*/scheduler_config.json")
+    config.rename(pipe / "scheduler/scheduler_config.json")
+    monkeypatch.chdir(tmp_path / place.removeprefix("in "))
+    change(pipe / "scheduler/scheduler_config.json", beta_end=0.03)
+    assert torch.equal(load_pretrained(directory)[1].betas, NoiseSchedule.linear(beta_end=0.03).betas)
+    assert "scheduler_config.json" not in capsys.readouterr().err
+    change(pipe / "scheduler/scheduler_config.json", beta_schedule="squaredcos_cap_v2")
+    with pytest.raises(UserError, match="scheduler/scheduler_config.json: beta_schedule is .squaredcos_cap_v2"):
+        load_pretrained(directory)
+
+
+def test_a_schedule_that_is_assumed_is_one_line_by_rank_0(published, tmp_path, monkeypatch, capsys):
+    load_pretrained(published)
+    (published / "scheduler_config.json").unlink()
+    broken, of_rank_1 = (Path(shutil.copytree(published, tmp_path / name)) for name in ("broken", "of-rank-1"))
+    (broken / "diffusion_pytorch_model.bin").write_bytes(b"damaged")
+    error(broken, "not a readable")  # and nothing else: what is refused is one line
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    load_pretrained(of_rank_1)
+    monkeypatch.setenv("RANK", "0")
+    for _ in range(2):
+        load_pretrained(published)
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == f"note: {published}: no scheduler_config.json in it or beside it; the schedule is assumed to be linear, 0.0001 to 0.02 in 1000 timesteps"
+
+
 def test_half_precision_and_shared_memory(tiny, published):
     """Tensors that share memory in the file, or are of another precision, become separate float32 parameters."""
     path = published / "diffusion_pytorch_model.bin"
