@@ -22,7 +22,7 @@ from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model"
-NETWORKS = ["unet"]  # the folders of a pipeline that can hold its network
+NETWORKS = ["unet_ema", "unet"]  # where a pipeline, or a checkpoint of a training, can have its network
 # Arguments of their UNet2DModel: (our field of `UNetConfig`, their default where a config leaves it out);
 FIELDS = {
     "sample_size": ("image_size", None), "in_channels": ("image_channels", 3),
@@ -30,10 +30,12 @@ FIELDS = {
     "attention_head_dim": ("head_channels", 8), "norm_num_groups": ("norm_groups", 32),
     "norm_eps": ("norm_eps", 1e-5), "downsample_padding": ("downsample_padding", 1),
     "flip_sin_to_cos": ("flip_sin_to_cos", True), "freq_shift": ("freq_shift", 0)}
-# those that follow from our fields, or do not matter here (the last two), with their defaults;
+# those that follow from our fields, or do not matter here (from dropout; seven are EMAModel's), with defaults;
 OTHERS = {
     "out_channels": 3, "down_block_types": ["DownBlock2D"] + 3 * ["AttnDownBlock2D"],
-    "up_block_types": 3 * ["AttnUpBlock2D"] + ["UpBlock2D"], "dropout": 0.0, "num_train_timesteps": None}
+    "up_block_types": 3 * ["AttnUpBlock2D"] + ["UpBlock2D"], "dropout": 0.0, "num_train_timesteps": None,
+    "decay": None, "inv_gamma": None, "min_decay": None, "optimization_step": None, "power": None,
+    "update_after_step": None, "use_ema_warmup": None}
 # and those for which we have one value, which is also their default.
 ONLY = {
     "_class_name": "UNet2DModel", "center_input_sample": False, "time_embedding_type": "positional",
@@ -72,11 +74,12 @@ def rename(name: str, table: list) -> str:
 def load_pretrained(directory: Path | str) -> tuple[UNet, NoiseSchedule]:
     """Read a published DDPM, such as google/ddpm-celebahq-256: network, in float32 on the CPU, and schedule.
 
-    `directory`, or unet/ in it, holds config.json and diffusion_pytorch_model.safetensors or .bin. The
-    schedule is that of a scheduler_config.json there, beside unet/, also if that is `directory`, or in
-    scheduler/ in one of these; without one, `NoiseSchedule.linear()`, which a line on stderr then says.
-    Raises UserError, naming the file and the value, key or shape, for a model that our UNet cannot reproduce,
-    and for a link that leads out of `directory`, or out of the folder with the schedule beside it.
+    `directory`, its unet_ema/ or else its unet/ holds config.json and diffusion_pytorch_model.safetensors or
+    .bin. The schedule is that of a scheduler_config.json there, beside unet/, also if that is `directory`, or
+    in scheduler/ in one of these; without one, `NoiseSchedule.linear()`. A line on stderr says that this is
+    assumed, and another which weights were read, where there are averaged ones. Raises UserError, naming the
+    file and the value, key or shape, for a model that our UNet cannot reproduce, and for a link that leads
+    out of `directory`, or out of the folder with the schedule beside it.
     """
     directory = Path(directory)
     if not directory.name.strip("."):  # "." has neither a name nor a parent
@@ -101,6 +104,11 @@ def load_pretrained(directory: Path | str) -> tuple[UNet, NoiseSchedule]:
         model = UNet(config)
     weights = read_weights(inside(weights_file(folder)), model)
     model.to_empty(device="cpu").load_state_dict(weights)
+    averaged = pipeline / "unet_ema"
+    if folder == averaged:
+        say(f"{folder}: these weights were read, which are averaged")
+    elif (averaged / "config.json").is_file():
+        say(f"{folder}: these weights were read; the averaged ones are in {averaged}")
     if not scheduler:
         assumed = "linear, {:g} to {:g} in {} timesteps".format(*schedule.betas[[0, -1]], len(schedule))
         say(f"{folder}: no scheduler_config.json in it or beside it; the schedule is assumed to be {assumed}")

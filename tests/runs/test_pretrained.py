@@ -163,7 +163,7 @@ def test_layouts(tiny, tmp_path, places):
     assert torch.equal(model.conv_in.weight, tiny.conv_in.weight)
 
 
-@pytest.mark.parametrize("typed", ["pipe/unet", "pipe/unet/", "./pipe/../pipe/unet", "in pipe/unet: .", "in pipe: unet/"])
+@pytest.mark.parametrize("typed", ["pipe/unet", "pipe/unet/", "./pipe/../pipe/unet", "pipe/unet_ema", "in pipe/unet: .", "in pipe: unet/"])
 def test_the_schedule_beside_the_network_is_found(published, tmp_path, monkeypatch, capsys, typed):
     pipe = tmp_path / "pipe"
     place, _, directory = typed.rpartition(": ")
@@ -194,6 +194,33 @@ def test_a_schedule_that_is_assumed_is_one_line_by_rank_0(published, tmp_path, m
         load_pretrained(published)
     (note,) = capsys.readouterr().err.splitlines()
     assert note == f"note: {published}: no scheduler_config.json in it or beside it; the schedule is assumed to be linear, 0.0001 to 0.02 in 1000 timesteps"
+
+
+EMA = dict(decay=0.9999, inv_gamma=1.0, min_decay=0.0, optimization_step=60, power=0.75, update_after_step=0, use_ema_warmup=True)
+
+
+@pytest.mark.parametrize(
+    "named, read, said",
+    [
+        ("", "unet_ema", "unet_ema: these weights were read, which are averaged"),
+        ("unet_ema", "unet_ema", "unet_ema: these weights were read, which are averaged"),
+        ("unet", "unet", "unet: these weights were read; the averaged ones are in "),
+    ],
+)
+def test_the_averaged_weights_of_a_checkpoint_are_read_unless_the_others_are_named(tiny, published, tmp_path, capsys, named, read, said):
+    """In the layout in which diffusers' training scripts write checkpoints: without a schedule, and EMAModel adds to the config."""
+    directory = tmp_path / "checkpoint-60"
+    shutil.copytree(published, directory / "unet", ignore=shutil.ignore_patterns("scheduler*"))
+    shutil.copytree(directory / "unet", directory / "unet_ema")
+    change(directory / "unet_ema/config.json", **EMA)
+    torch.save({name: value / 2 for name, value in torch.load(published / "diffusion_pytorch_model.bin").items()}, directory / "unet_ema/diffusion_pytorch_model.bin")
+    model, _ = load_pretrained(directory / named)
+    assert torch.equal(model.conv_in.weight, tiny.conv_in.weight / 2 if read == "unet_ema" else tiny.conv_in.weight)
+    which, schedule = capsys.readouterr().err.splitlines()
+    assert which.startswith(f"note: {directory}/{said}") and f"{directory}/{read}: no scheduler_config.json" in schedule
+    change(directory / "unet_ema/config.json", model_config={})
+    if read == "unet_ema":
+        error(directory / named, "config.json: model_config is no argument")
 
 
 def test_half_precision_and_shared_memory(tiny, published):
