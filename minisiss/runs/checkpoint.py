@@ -11,7 +11,14 @@ from torch import Tensor
 
 from minisiss.data.digits import ASSETS, BUNDLED
 from minisiss.errors import UserError
-from minisiss.runs.files import MOST_TIMESTEPS, UNREADABLE, check_tensors, read_tensors, write_atomically
+from minisiss.runs.files import (
+    MOST_TIMESTEPS,
+    UNREADABLE,
+    check_tensors,
+    read_tensors,
+    unwrapped,
+    write_atomically,
+)
 from minisiss.runs.pretrained import load_pretrained
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
@@ -69,7 +76,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         with torch.device("meta"):  # names and shapes only: memory comes when all of them fit
             model = UNet(UNetConfig(**state["config"]))
         shapes = {name: value.shape for name, value in model.state_dict().items()}
-        weights, ema = dict(state["weights"]), dict(state.get("ema") or {})
+        weights, ema = unwrapped(state["weights"]), unwrapped(state.get("ema") or {})
         for tensors in (weights, ema) if ema else (weights,):
             check_tensors(path, tensors, shapes)
         model.to_empty(device=device).load_state_dict(ema or weights)

@@ -44,6 +44,14 @@ def read_tensors(path: Path | str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
+def unwrapped(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same, without what DistributedDataParallel and torch.compile put before all names."""
+    tensors = dict(tensors)  # or what a file's own class covers up is used
+    names = [str(name) for name in tensors]
+    prefix = re.match(r"((module|_orig_mod)\.)*", os.path.commonprefix(names))[0]
+    return {name[len(prefix):]: tensor for name, tensor in zip(names, tensors.values(), strict=True)}
+
+
 def check_tensors(path: Path | str, found: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
     """Raises UserError unless a file's tensors, `found`, are finite, and of these names and shapes alone."""
     if (count := sum(shape.numel() for shape in shapes.values())) > os.path.getsize(path):

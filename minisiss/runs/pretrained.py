@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minisiss import unet
 from minisiss.errors import UserError, rank
-from minisiss.runs.files import MOST_TIMESTEPS, UNREADABLE, check_tensors, read_tensors
+from minisiss.runs.files import MOST_TIMESTEPS, UNREADABLE, check_tensors, read_tensors, unwrapped
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
@@ -30,7 +30,7 @@ FIELDS = {
     "attention_head_dim": ("head_channels", 8), "norm_num_groups": ("norm_groups", 32),
     "norm_eps": ("norm_eps", 1e-5), "downsample_padding": ("downsample_padding", 1),
     "flip_sin_to_cos": ("flip_sin_to_cos", True), "freq_shift": ("freq_shift", 0)}
-# those that follow from our fields, or do not matter here (from dropout; seven are EMAModel's), with defaults;
+# those that follow from our fields, or do not matter here (the last nine, seven of EMAModel), defaults;
 OTHERS = {
     "out_channels": 3, "down_block_types": ["DownBlock2D"] + 3 * ["AttnDownBlock2D"],
     "up_block_types": 3 * ["AttnUpBlock2D"] + ["UpBlock2D"], "dropout": 0.0, "num_train_timesteps": None,
@@ -233,7 +233,8 @@ def read_weights(path: Path, model: UNet) -> dict[str, Tensor]:
 
             state = load_file(path)
         else:
-            state = dict(read_tensors(path))
+            state = read_tensors(path)
+        state = unwrapped(state)
     except Exception as error:  # a damaged file can fail anywhere in the readers
         raise UserError(f"{path}: not a readable file of weights {UNREADABLE}") from error
     names, shapes = {}, {}  # ours: theirs, and theirs: shape

@@ -28,6 +28,18 @@ def test_averaged_weights_are_the_ones_that_are_used(tiny_unet, tmp_path):
     assert all(not value.any() for value in checkpoint.load(tmp_path / "model.pt").model.state_dict().values())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_a_wrapped_or_compiled_model(tiny_unet, tmp_path, prefix):
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, tiny_unet, SCHEDULE, {}, {name: value / 2 for name, value in tiny_unet.state_dict().items()})
+    state = torch.load(path, weights_only=True)
+    for part in ("weights", "ema"):
+        state[part] = {prefix + name: value for name, value in state[part].items()}
+    torch.save(state, path)
+    found = checkpoint.load(path).model.state_dict()
+    assert all(torch.equal(found[name], value / 2) for name, value in tiny_unet.state_dict().items())
+
+
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tiny_unet, tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     checkpoint.save(path, tiny_unet, SCHEDULE, {"steps": 1})

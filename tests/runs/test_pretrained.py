@@ -223,6 +223,17 @@ def test_the_averaged_weights_of_a_checkpoint_are_read_unless_the_others_are_nam
         error(directory / named, "config.json: model_config is no argument")
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_a_wrapped_or_compiled_model(tiny, published, prefix):
+    path = published / "diffusion_pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+    torch.save({prefix + name: value for name, value in weights.items()}, path)
+    state = load_pretrained(published)[0].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in tiny.state_dict().items())
+    torch.save({prefix * (name != "conv_in.bias") + name: value for name, value in weights.items()}, path)
+    error(published, path.name, "lacks")  # one name without it: of no wrapper
+
+
 def test_half_precision_and_shared_memory(tiny, published):
     """Tensors that share memory in the file, or are of another precision, become separate float32 parameters."""
     path = published / "diffusion_pytorch_model.bin"
