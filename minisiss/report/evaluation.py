@@ -28,6 +28,7 @@ from minisiss.metrics.quality import SPLITS, Moments, frechet_distance, inceptio
 from minisiss.metrics.samples import draw_samples
 from minisiss.runs.checkpoint import load_any
 from minisiss.runs.files import read_tensors, write_atomically
+from minisiss.runs.pretrained import is_published
 from minisiss.schedule import Model, NoiseSchedule
 from minisiss.unet import UNet
 
@@ -71,6 +72,9 @@ def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] 
         directory, path = Path("runs/.bundled"), ASSETS / "mnist-small.pt"
     else:
         directory, path = Path(name), Path(name) / "model.pt"
+        if is_published(name):
+            what = f"holds no run but a published model; look at it with --checkpoint {name}"
+            raise UserError(f"{name}: {what}")
         if "runs" in read_config(name):
             return None
         if not path.exists():

@@ -19,7 +19,7 @@ from minisiss.runs.files import (
     unwrapped,
     write_atomically,
 )
-from minisiss.runs.pretrained import load_pretrained
+from minisiss.runs.pretrained import is_published, load_pretrained
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
@@ -146,6 +146,8 @@ def load_any(path: str, timesteps: list[int], device: torch.device) -> Checkpoin
     path: a checkpoint, the directory of a published model, or "bundled" for the model in assets/.
     """
     if path != BUNDLED and Path(path).is_dir():
+        if (model := Path(path, "model.pt")).is_file() and not is_published(path):
+            raise UserError(f"{path}: is the directory of a run; give {model}")
         model, schedule = load_pretrained(path)
         found = Checkpoint(model.to(device), schedule.to(device), made_by={"published": path}, training={})
     else:

@@ -214,12 +214,23 @@ def read_json(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
         raise UserError(f"{path}: {error}") from error
 
 
+def is_published(directory: Path | str) -> bool:
+    """Whether a directory has weights in this format, readable or not. Runs have a config.json too."""
+    return any(any(Path(directory, name).glob(f"{WEIGHTS}*")) for name in ("", *NETWORKS))
+
+
 def weights_file(folder: Path) -> Path:
     """The file of weights in `folder`, the safe one if it can be read. Raises UserError if there is none."""
     safe, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
     installed = importlib.util.find_spec("safetensors")
     if not safe.is_file() and not pickled.is_file():
-        raise UserError(f"{folder}: holds no weights (neither {safe.name} nor {pickled.name})")
+        what = f"neither {safe.name} nor {pickled.name}"
+        others = rf"{WEIGHTS}[\w.-]+\.(safetensors|bin|index[\w.]*\.json)"
+        if other := min(filter(re.compile(others).fullmatch, os.listdir(folder)), default=None):
+            part = re.search(r"-of-|\.index\.", other)
+            mend = "save it as one file" if part else f"copy it to {WEIGHTS}{Path(other).suffix}"
+            what = f"{other} is {'one part of a model' if part else 'a variant'}, which is not read: {mend}"
+        raise UserError(f"{folder}: holds no weights ({what})")
     if not pickled.is_file() and not installed:
         raise UserError(f'{safe}: reading it needs an optional extra: pip install "minisiss[safetensors]"')
     return safe if safe.is_file() and installed else pickled

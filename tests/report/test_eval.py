@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ from minisiss.data.training_set import to_float, to_uint8
 from minisiss.errors import UserError
 from minisiss.metrics import classifier, colour, quality
 from minisiss.report import comparison, evaluation, table
-from minisiss.runs import checkpoint
+from minisiss.runs import checkpoint, pretrained
 from minisiss.schedule import NoiseSchedule
 from minisiss.study import train_classifier
 
@@ -123,6 +124,21 @@ def test_what_is_wrong_with_one_run_is_one_line_and_the_others_are_measured(meas
     expected = ["1×32×32", "empty: holds no run", "nowhere: holds no run", "no model.pt", "truncated", "step 3 of 6", "does not say how it was made"]
     assert len(lines) == len(expected) and all(words in line for words, line in zip(expected, lines, strict=True)), error
     assert [result["run"] for result in read(tmp_path / "runs/eval-1/results.json")["runs"]] == ["good"]
+
+
+@pytest.mark.parametrize("layout", [".", "unet", "unet_ema"])
+def test_a_published_model_is_no_run_and_a_run_no_published_model(layout, script, tiny_unet, tmp_path):
+    """Each is told in a line what to give instead."""
+    make_run(tmp_path / "run", 0.1, method="siss")
+    pretrained.save_pretrained(tmp_path / "pipe" / layout, tiny_unet, NoiseSchedule.linear())
+    status, _, error = script("eval", "pipe")
+    assert status == 2 and error.splitlines()[0] == "eval.py: error: pipe: holds no run but a published model; look at it with --checkpoint pipe"
+    for name in ("eval", "unlearn"):
+        status, _, error = script(name, "--checkpoint", "run", "--data-root", "bundled")
+        assert status == 2 and error == f"{name}.py: error: run: is the directory of a run; give run/model.pt\n"
+    shutil.copy("run/model.pt", "pipe")  # a file too many makes no run of it
+    checkpoint.load_any("pipe", [0], torch.device("cpu"))
+    assert sorted(os.listdir(tmp_path)) == ["pipe", "run"]
 
 
 def scripted(path: Path, network: torch.nn.Module) -> Path:

@@ -372,6 +372,26 @@ def test_files_that_are_not_there_or_damaged(published, tmp_path):
     error(tmp_path / "nowhere", "config.json")
 
 
+@pytest.mark.parametrize(
+    "names, parts",
+    [
+        (["diffusion_pytorch_model.fp16.safetensors"], ["fp16.safetensors is a variant", "copy it to diffusion_pytorch_model.safetensors)"]),
+        (["diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model.non_ema.bin"], ["fp16.bin is a variant", "copy it to diffusion_pytorch_model.bin)"]),
+        (["diffusion_pytorch_model-00002-of-00002.bin", "diffusion_pytorch_model-00001-of-00002.bin"], ["model-00001-of-00002.bin is one part", "as one file"]),
+        (["diffusion_pytorch_model.safetensors.index.json"], ["safetensors.index.json is one part", "as one file"]),
+        (["diffusion_pytorch_model.safetensors.index.fp16.json"], ["safetensors.index.fp16.json is one part", "as one file"]),
+        (["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"], ["fp16-00001-of-00002.safetensors is one part", "as one file"]),
+        (["diffusion_pytorch_model.\n.bin", "diffusion_pytorch_model.msgpack"], ["neither diffusion_pytorch_model.safetensors nor"]),
+    ],
+)
+def test_weights_in_files_of_other_names(published, names, parts):
+    for name in names:
+        shutil.copy(published / "diffusion_pytorch_model.bin", published / name)
+    load_pretrained(published)  # from the file of the right name
+    (published / "diffusion_pytorch_model.bin").unlink()
+    error(published, "holds no weights", *parts)
+
+
 def test_safetensors(tiny, published):
     save_file = pytest.importorskip("safetensors.torch").save_file
     path = published / "diffusion_pytorch_model.bin"
