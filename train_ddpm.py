@@ -10,7 +10,16 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from minisiss.machine.command_line import Parser, batch_size, command, number, positive, positive_int, run
+from minisiss.machine.command_line import (
+    Parser,
+    batch_size,
+    command,
+    decay,
+    number,
+    positive,
+    positive_int,
+    run,
+)
 
 MAY_CHANGE = {
     "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "sample_every",
@@ -88,7 +97,7 @@ def parse_arguments() -> Namespace:
     add("--batch-size", type=batch_size, help="images a step, of all ranks together")
     add("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
     add("--warmup", type=number(int, 0, 10**9), help="steps over which the learning rate first rises")
-    add("--ema", type=number(float, 0, 1), help="decay of the averaged weights, the ones that sample")
+    add("--ema", type=decay, help="decay of the averaged weights, the ones that sample")
     parser.add_machine()
     add("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
     parser.add_run("train", save_every=500)

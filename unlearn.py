@@ -12,7 +12,7 @@ from dataclasses import fields
 from functools import partial
 
 from minisiss.errors import UserError
-from minisiss.machine.command_line import Parser, batch_size, filename, number, positive, positive_int, run
+from minisiss.machine.command_line import Parser, batch_size, decay, filename, positive, positive_int, run
 
 MAY_CHANGE = {
     "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples",
@@ -72,14 +72,18 @@ def main() -> int:
 
 
 def chosen(args: Namespace, unlearning) -> tuple:
-    """The method and its numbers. Raises UserError for a method not in the table, and flags not for it."""
+    """The method and its numbers. Raises UserError for a method not in the table, and flags it ignores."""
     method = unlearning.METHODS.get(args.method)
     if method is None:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
-    if method.rule is not unlearning.subtract and (args.ceiling or args.draw_x == "all"):
-        flag = f"--ceiling {args.ceiling}" if args.ceiling else "--draw-x all"
-        raise UserError(f"{flag}: --method {args.method} subtracts nothing, and has x ~ X∖A")
     numbers = {field.name: getattr(args, field.name) for field in fields(unlearning.Settings)}
+    given = {name: value for name, value in numbers.items() if value != getattr(unlearning.Settings, name)}
+    ignored = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()
+               if name not in method.reads and value is not None]  # None: of a flag in whose place another is
+    if method.rule is not unlearning.subtract and args.draw_x == "all":
+        ignored.append("--draw-x all")
+    if ignored:
+        raise UserError(f"{ignored[0]}: --method {args.method} has no use for it")
     return method, unlearning.Settings(**numbers)
 
 
@@ -99,7 +103,7 @@ def parse_arguments() -> Namespace:
     add("--accumulate", type=positive_int, default=1,
         help="parts of a batch, one after the other through the network: less memory, the same step")
     add("--lr", type=positive, help="learning rate of AdamW")
-    add("--ema", type=number(float, 0, 1), default=0.0, help="decay of the averaged weights; 0: the last")
+    add("--ema", type=decay, default=0.0, help="decay of the averaged weights; 0: the last")
     add("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
     parser.add_sampling()
     parser.add_machine()

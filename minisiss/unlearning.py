@@ -56,9 +56,17 @@ class Method:
     """A row of the table of methods."""
 
     loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
-    rule: Callable[[Gradient, Gradient, Settings], Tensor] = subtract  # c; unused by a loss of one term
+    rule: Callable[[Gradient, Gradient, Settings], Tensor] | None = subtract  # c; None: a loss of one term
     settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
     neighbours: bool = False  # whether the loss needs batch.neighbours
+
+    @property
+    def reads(self) -> set[str]:
+        """The fields of `Settings` that make a difference. (A rule of one's own may read any.)"""
+        of_rules = {None: (), add: (), erasediff_rule: ("erasediff_eta",),
+                    subtract: ("grad_ratio", "superfactor", "ceiling")}
+        every = Settings.__dataclass_fields__
+        return {*self.settings, *of_rules.get(self.rule, every), *["neighbours"][: self.neighbours]}
 
     def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings,
               ceiling: Tensor | None = None) -> Terms:
@@ -77,8 +85,8 @@ class Method:
 METHODS = {
     "siss": Method(losses.siss, settings=("lam",)),
     "siss_no_is": Method(losses.siss_no_is),
-    "naive_deletion": Method(losses.naive_deletion, add),
-    "neggrad": Method(losses.neggrad),
+    "naive_deletion": Method(losses.naive_deletion, None),
+    "neggrad": Method(losses.neggrad, None),
     "erasediff": Method(losses.erasediff, erasediff_rule),
     "retrack": Method(losses.retrack, add, settings=("retrack_weight",), neighbours=True),
 }

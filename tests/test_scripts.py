@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,12 +51,14 @@ def test_train_unlearn_eval_one_after_the_other_as_commands(tmp_path):
     said = command(ROOT / "unlearn.py", *TINY_UNLEARN, "--checkpoint", "runs/train-1/model.pt")
     run = tmp_path / "runs/siss-1"
     assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "inputs.json", "memory.png", "memory_by_step.png", "metrics.jsonl", "model.pt"]
-    assert "T-shirts among 8 samples" in said and "before_after.png" in said and "python eval.py" in said
+    assert "T-shirts among 8 samples" in said and "before_after.png" in said
+    python, *following = shlex.split(said.split("next: ")[1])
+    assert python == "python"
     assert json.loads((run / "config.json").read_text())["lam"] == 0.5
     figures = next(line for line in lines(run / "metrics.jsonl") if "c" in line)
     assert {"ess_keep", "ess_forget", "overlap", "norm_keep", "norm_forget", "c", "loss_keep", "loss_forget"} <= set(figures)
 
-    said = command(ROOT / "eval.py", *TINY_EVAL, "--checkpoint", run / "model.pt")
+    said = command(*following, *TINY_EVAL)
     assert "95% interval" in said and re.search(r"\| +4 \| +0.00% \(0.00% to 48.99%\) \|", said)  # of 4 samples
     assert (tmp_path / "runs/eval-1/samples.png").exists()
     results = json.loads((tmp_path / "runs/eval-1/results.json").read_text())
@@ -241,9 +244,12 @@ WRONG = [
     ("unlearn", ("--out", "foreign.pt/run"), ["foreign.pt/run"]),
     ("unlearn", ("--memory-timesteps", "1000"), ["--memory-timesteps", "999"]),
     ("unlearn", ("--resume", "nowhere"), ["nowhere", "holds no run"]),
-    ("unlearn", ("--method", "naive_deletion", "--ceiling", "1"), ["--ceiling 1", "naive_deletion subtracts nothing"]),
-    ("unlearn", ("--method", "erasediff", "--ceiling", "1"), ["--ceiling 1", "erasediff subtracts nothing"]),
-    ("unlearn", ("--method", "retrack", "--draw-x", "all"), ["--draw-x all", "retrack subtracts nothing"]),
+    ("unlearn", ("--method", "naive_deletion", "--ceiling", "1"), ["--ceiling 1", "naive_deletion has no use for it"]),
+    ("unlearn", ("--method", "erasediff", "--ceiling", "1"), ["--ceiling 1", "erasediff has no use for it"]),
+    ("unlearn", ("--method", "retrack", "--draw-x", "all"), ["--draw-x all", "retrack has no use for it"]),
+    ("unlearn", ("--method", "neggrad", "--superfactor", "9"), ["--superfactor 9", "neggrad has no use for it"]),
+    ("unlearn", ("--method", "siss_no_is", "--lam", "0.2"), ["--lam 0.2", "siss_no_is has no use for it"]),
+    ("unlearn", ("--method", "siss", "--neighbours", "3"), ["--neighbours 3", "siss has no use for it"]),
     ("train_ddpm", ("--data-root", "nowhere"), ["--data-root nowhere", "bundled"]),
     ("train_ddpm", (*TINY_TRAIN, "--image-size", "32"), ["--image-size"]),
     ("train_ddpm", (*TINY_TRAIN, "--out", "holds-a-run"), ["holds-a-run"]),

@@ -81,8 +81,9 @@ def read_config(directory: str | Path, name: str = "config.json") -> dict[str, A
     return config
 
 
-def number(kind: type, low: float, high: float | None = None, *, open_low: bool = False) -> Callable:
-    """An argparse type: a finite int or float from low, or above it with `open_low`, to high."""
+def number(kind: type, low: float, high: float | None = None, *, open_low: bool = False,
+           open_high: bool = False) -> Callable:
+    """An argparse type: a finite int or float from low to high, without an end that is open."""
 
     def parse(text: str) -> float:
         try:
@@ -90,9 +91,10 @@ def number(kind: type, low: float, high: float | None = None, *, open_low: bool 
         except ValueError:
             value = float("nan")
         most = sys.float_info.max if high is None else high
-        if low <= value <= most and not (open_low and value == low):
+        if low <= value <= most and not (open_low and value == low) and not (open_high and value == high):
             return value
         span = f"above {low}" if open_low else f"at least {low}" if high is None else f"from {low} to {high}"
+        span = f"at least {low} and below {high}" if open_high else span
         wanted = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"'{text}' should be {wanted} {span}")
 
@@ -122,6 +124,7 @@ def read_names(entry: str) -> list[str]:
 
 positive_int = number(int, 1, 10**9)
 batch_size = number(int, 1, 65_536)
+decay = number(float, 0, 1, open_high=True)  # at 1 the average would stay where it is
 positive = number(float, 0, open_low=True)
 seed = number(int, 0, 2**63 - 1)
 

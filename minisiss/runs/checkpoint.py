@@ -13,9 +13,9 @@ from minisiss.data.digits import ASSETS, BUNDLED
 from minisiss.errors import UserError
 from minisiss.runs.files import (
     MOST_TIMESTEPS,
-    UNREADABLE,
     check_tensors,
     read_tensors,
+    reading,
     unwrapped,
     write_atomically,
 )
@@ -63,10 +63,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint, of anyone. Raises UserError, naming the file, for what is no whole one of ours."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    try:
+    with reading(path, "checkpoint"):
         state = read_tensors(path)
-    except Exception as error:  # a damaged file can fail anywhere in torch's readers
-        raise UserError(f"{path}: not a readable checkpoint {UNREADABLE}") from error
     if type(state) is not dict or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a minisiss checkpoint (its format is not '{FORMAT}')")
     try:

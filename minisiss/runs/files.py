@@ -6,7 +6,8 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +17,20 @@ from minisiss.errors import UserError
 
 MOST_TIMESTEPS = 100_000  # of a schedule in a file
 UNFINISHED = ".unfinished-"  # how the names of temporary files begin
-UNREADABLE = "(truncated, damaged, or of another program)"
 # What the pickle of dense tensors refers to; torch trusts more than that, bytearray(10**10) for one.
 TRUSTED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
+
+
+@contextmanager
+def reading(path: Path | str, what: str) -> Iterator[None]:
+    """What fails inside `with` becomes a UserError that names the file, and says why it cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a damaged file can fail anywhere in torch's readers
+        reason = "truncated, damaged, or of another program"
+        raise UserError(f"{path}: not a readable {what} ({reason})") from error
 
 
 def read_tensors(path: Path | str) -> Any:
@@ -48,7 +60,7 @@ def unwrapped(tensors: dict[str, Any]) -> dict[str, Any]:
     """The same, without what DistributedDataParallel and torch.compile put before all names."""
     tensors = dict(tensors)  # or what a file's own class covers up is used
     names = [str(name) for name in tensors]
-    prefix = re.match(r"((module|_orig_mod)\.)*", os.path.commonprefix(names))[0]
+    prefix = re.match(r"((module|_orig_mod)\.)*", os.path.commonprefix(names))[0]  # noqa: RUF071 (as it should)
     return {name[len(prefix):]: tensor for name, tensor in zip(names, tensors.values(), strict=True)}
 
 
@@ -82,7 +94,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner may read
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps the first in the second
-        raise UserError(f"{path}: could not be written ({error}); an older one is as it was") from error
+    except (OSError, RuntimeError) as error:  # torch.save hides the first behind one of the second
+        hidden = error.__context__
+        reason = hidden.strerror if isinstance(hidden, OSError) else error
+        raise UserError(f"{path}: could not be written ({reason}); an older one is as it was") from error
     finally:
         Path(temporary).unlink(missing_ok=True)  # it is still there only after a failure

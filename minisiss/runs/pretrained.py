@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minisiss import unet
 from minisiss.errors import UserError, rank
-from minisiss.runs.files import MOST_TIMESTEPS, UNREADABLE, check_tensors, read_tensors, unwrapped
+from minisiss.runs.files import MOST_TIMESTEPS, check_tensors, read_tensors, reading, unwrapped
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
@@ -238,16 +238,13 @@ def weights_file(folder: Path) -> Path:
 
 def read_weights(path: Path, model: UNet) -> dict[str, Tensor]:
     """The weights in a file under our names: those of `model` in its shapes. Raises UserError otherwise."""
-    try:
+    with reading(path, "file of weights"):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state = unwrapped(load_file(path))
         else:
-            state = read_tensors(path)
-        state = unwrapped(state)
-    except Exception as error:  # a damaged file can fail anywhere in the readers
-        raise UserError(f"{path}: not a readable file of weights {UNREADABLE}") from error
+            state = unwrapped(read_tensors(path))
     names, shapes = {}, {}  # ours: theirs, and theirs: shape
     for ours, parameter in model.state_dict().items():
         theirs = rename(ours, RENAMES)

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import warnings
 
 import numpy as np
@@ -279,6 +280,22 @@ def test_train_unlearn_and_compare_on_pictures(script, colours, tmp_path):
     assert (status, error) == (0, "") and "retrained" in said and "kept, in dB" in said and "T-shirt" not in said and "inception" not in said
     status, said, _ = script("eval", "--checkpoint", "runs/siss/model.pt", *flags)
     assert status == 0 and re.search(r"\| method +\| +images \| +t = 100 \| +t = 250 \|", said) and re.search(r"\| +b.png \| +[01]\.\d+, \d+\.\d dB \|", said)
+
+
+def test_the_commands_that_are_printed_can_be_pasted(script, colours, tmp_path):
+    colours.rename(tmp_path / "my colours")
+    flags = [*TINY, *NETWORK]
+    flags[flags.index("colours")] = "my colours"
+    _, said, _ = script("train_ddpm", *flags, "--out", "a model")
+    for name, few in (("unlearn", ("--samples", 0, "--steps", 1)), ("eval", ("--samples", 4, "--sampling-steps", 2))):
+        python, path, *arguments = shlex.split(said.split("next: ")[1])
+        assert (python, path) == ("python", f"{name}.py")
+        status, said, error = script(name, *arguments, *few)
+        assert status == 0 and "a picture.png" in said, error
+    _, said, _ = script("train_ddpm", *flags, "--out", "another", "--forget", "b.png", "ä.jpeg")
+    _, path, *arguments = shlex.split(said.split("next: ")[1])
+    status, said, error = script("eval", *arguments, "--samples", 4, "--sampling-steps", 2)
+    assert path == "eval.py" and status == 0 and "2 pictures" in said, error
 
 
 @pytest.mark.parametrize("name, arguments, words", [

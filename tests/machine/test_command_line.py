@@ -25,7 +25,7 @@ FLAGS = {
     "--preset": (list(presets.PRESETS), ["imagenet", "mnist-SMALL"]),
     "--data-root": (["bundled", "data"], ["\0"]),
     "--data": (["mnist", "pictures"], ["MNIST", "cifar"]),
-    "--forget": (["names.jpg", "names.txt"], ["\0", "names.jpg"]),
+    "--forget": (["names.jpg"], ["\0", "names.jpg", "names.txt"]),
     "--skip-unreadable": ([], []),
     "--checkpoint-activations": ([], []),
     "--checkpoint": (["bundled", "runs/siss-1/model.pt"], ["\0"]),
@@ -46,7 +46,7 @@ FLAGS = {
     # of train_ddpm.py
     "--exclude-forget": ([], []),
     "--warmup": (["0", "1000000000"], [str(10**10), *INTEGERS]),
-    "--ema": (["0", "1"], ["-0.1", "1.1", *NUMBERS]),
+    "--ema": (["0", "0.9999"], ["-0.1", "1", *NUMBERS]),
     "--sample-every": (["1", "1000000000"], ["0", *INTEGERS]),
     "--image-size": (["1", "4096"], ["0", "4097", "1000000000", *INTEGERS]),
     "--image-channels": (["1", "4096"], ["0", "4097", "1000000000", *INTEGERS]),
