@@ -26,6 +26,8 @@ def main() -> int:
     device = pick_device(args.device)
     world = start(device)
     found, wrong = find_runs(args, world) if args.runs else ([one_model(args)], [])
+    if len(wrong) == 1 and not found:
+        raise wrong[0]
     for error in wrong if world.rank == 0 else ():  # one broken run does not stop the others
         complain(error)
     if not found:

@@ -282,6 +282,16 @@ def test_train_unlearn_and_compare_on_pictures(script, colours, tmp_path):
     assert status == 0 and re.search(r"\| method +\| +images \| +t = 100 \| +t = 250 \|", said) and re.search(r"\| +b.png \| +[01]\.\d+, \d+\.\d dB \|", said)
 
 
+def test_a_name_that_is_no_utf8_is_a_name(script, colours, tmp_path):
+    name = os.fsdecode(b"\xff.png")
+    (colours / "b.png").rename(colours / name)
+    assert script("train_ddpm", *TINY, *NETWORK, "--out", "base")[0] == 0
+    status, said, error = script("unlearn", *TINY, "--checkpoint", "base/model.pt", "--forget", name, "--out", "run", "--samples", 0, "--steps", 1)
+    assert status == 0 and "\\udcff.png noised to" in said, error
+    status, said, error = script("eval", "run", *TINY[2:-4], "--forget", name, "--samples", 10, "--sampling-steps", 2, "--draws", 1, "--memory-timesteps", 100)
+    assert status == 0 and "\\udcff.png" in said, error
+
+
 def test_the_commands_that_are_printed_can_be_pasted(script, colours, tmp_path):
     colours.rename(tmp_path / "my colours")
     flags = [*TINY, *NETWORK]

@@ -1,7 +1,9 @@
 """Every flag of every script, and what it says to what it does not take: one line, status 2, and nothing left behind."""
 
+import argparse
 import dataclasses
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -12,7 +14,7 @@ import torch
 from conftest import ROOT
 
 from minisiss import errors, presets, unet, unlearning
-from minisiss.machine import command_line
+from minisiss.machine import command_line, device, ranks
 
 SCRIPTS = ["train_ddpm", "unlearn", "eval", "minisiss.study.bench", "minisiss.study.train_classifier"]
 
@@ -257,6 +259,38 @@ def test_a_field_is_declared_once_and_its_flag_comes_from_there(script, module, 
 def test_help_says_every_flag(name, script):
     status, said, error = script(name, "--help")
     assert (status, error) == (0, "") and all(flag in said for flag in flags_of(name))
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    written = io.BytesIO()
+
+    def script():
+        print("ρ, \udcff")  # a name in a directory can be such: no UTF-8
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(script)
+    sys.stdout.flush()
+    assert stopped.value.code is None and written.getvalue() == b"\\u03c1, \\udcff\n"
+
+
+@pytest.mark.parametrize("left", [
+    {"WORLD_SIZE": "2"}, {"RANK": ""}, {"RANK": "1", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "x", "LOCAL_WORLD_SIZE": ""},
+    {"RANK": "", "WORLD_SIZE": "", "MASTER_ADDR": "", "MASTER_PORT": ""}, {"RANK": "1", "WORLD_SIZE": "two", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+])  # fmt: skip
+def test_what_is_left_over_in_the_environment_makes_no_ranks(left, script, monkeypatch, tiny_checkpoint):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert errors.rank() == 0 and ranks.start(torch.device("cpu")) is ranks.ALONE
+    assert device.pick_device("cpu") == torch.device("cpu")
+
+
+def test_commands_are_quoted_and_say_what_the_data_is():
+    args = argparse.Namespace(preset="faces-64", data="pictures", data_root="my faces", forget=["a b.jpg", "c.jpg"], skip_unreadable=True)
+    assert command_line.command("eval.py", args, checkpoint="a run/model.pt").split(" ", 2)[2] == (
+        "--preset faces-64 --data pictures --data-root 'my faces' --forget 'a b.jpg' c.jpg --skip-unreadable --checkpoint 'a run/model.pt'")
+    args = argparse.Namespace(preset="mnist-small", data="mnist", data_root="bundled", forget=[], skip_unreadable=False)
+    assert command_line.command("eval.py", args, checkpoint="x").split(" ", 2)[2] == "--checkpoint x"
 
 
 def test_help_and_typing_errors_do_not_wait_for_torch(tmp_path):

@@ -108,6 +108,33 @@ def test_samples_are_drawn_once_for_a_model_and_again_for_another(measure, tmp_p
     assert read(tmp_path / "runs/eval-5/results.json")["runs"][0]["frechet"] != first["runs"][0]["frechet"]
 
 
+def test_everything_is_written_before_anything_is_printed(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    result = {"run": "\udcff", "method": "siss", "steps": 1, "seconds": 1.0, "settings": {"forget": ["\udcff.png"] * 99, "lam": 0}}
+    other = {**result, "settings": {"forget": ["b.png"], "lam": 1}}
+    memory = {"memory_500": {"similarity": 0.5, "psnr": 9.0}}
+    with pytest.raises(BrokenPipeError):
+        comparison.write(tmp_path, [result | memory, other | memory], [500], "\udcff.png")
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "\\udcff.png" in table and len(read(tmp_path / "results.json")["runs"]) == 2
+    assert max(map(len, table.splitlines())) < 200  # a list of names does not make the table wide
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_samples_that_cannot_be_kept_are_a_warning(error, measure, tmp_path, monkeypatch):
+    def refuse(path, write):
+        raise error
+
+    make_run(tmp_path / "runs/a", 0.2, exclude_forget=False)
+    monkeypatch.setattr(evaluation, "write_atomically", refuse)
+    status, said, warned = measure("runs/a")
+    assert status == 0 and "pretrained" in said
+    assert warned.count("\n") == 1 and "warning: runs/a: its samples are not kept" in warned and error.strerror in warned
+
+
 def test_what_is_wrong_with_one_run_is_one_line_and_the_others_are_measured(measure, tmp_path):
     make_run(tmp_path / "good", 0.1, method="siss")
     make_run(tmp_path / "large", 0.1, size=32, method="siss")
@@ -180,7 +207,9 @@ def test_wrong_flags_are_one_line_and_leave_nothing_behind(arguments, words, mea
 
 def test_directories_without_any_run_are_an_error(measure, tmp_path):
     status, _, error = measure("nowhere")
-    assert status == 2 and "nowhere: holds no run" in error and "nothing to measure" in error
+    assert status == 2 and "nowhere: holds no run" in error and error.count("\n") == 1
+    status, _, error = measure("nowhere", "nothing")
+    assert status == 2 and "nothing: holds no run" in error and "nothing to measure" in error
     assert os.listdir(tmp_path) == []
 
 

@@ -55,6 +55,27 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tiny_unet, tmp_p
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
 
+def test_a_disk_that_fills_up_inside_torchs_writer_is_called_that(tiny_unet, tmp_path, monkeypatch):
+    def full_disk(state, file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="model.pt: could not be written .No space left on device"):
+        checkpoint.save(tmp_path / "model.pt", tiny_unet, SCHEDULE, {})
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tiny_checkpoint, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files.zipfile, "ZipFile", refuse)  # root may read everything
+    with pytest.raises(UserError, match="model.pt: cannot be read .Permission denied.$"):
+        checkpoint.load(tiny_checkpoint)
+
+
 def test_the_new_file_is_whole_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
