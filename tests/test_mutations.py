@@ -37,6 +37,8 @@ RULES = [
     lambda: test_unlearning.test_images_above_the_ceiling_push_no_longer(5.0),
     lambda: test_unlearning.test_naive_deletion_descends_and_neggrad_ascends(),
     lambda: test_unlearning.test_erasediff_descends_on_both_terms_on_one_side_of_its_switch_and_on_the_kept_one_on_the_other(),
+    lambda: test_unlearning.test_each_method_has_its_loss_its_rule_and_its_numbers(),
+    lambda: test_unlearning.test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set(),
 ]
 
 LOSSES = [
@@ -100,6 +102,19 @@ UNLEARNING = [
     ("EraseDiff divides by the norm, not its square", "norm(g_forget).square().clamp", "norm(g_forget).clamp"),
     ("EraseDiff's forget term ascended", "return -(settings.erasediff_eta", "return (settings.erasediff_eta"),
     ("the weighed images' mean instead of the batch's", ".sum() / batch_size", ".mean()"),
+    ("No IS with importance sampling", "Method(losses.siss_no_is)", 'Method(losses.siss, settings=("lam",))'),
+    ("EraseDiff without its uniform noise", "Method(losses.erasediff, ", "Method(losses.siss_no_is, "),
+    ("ReTrack without its neighbours", 'losses.retrack, add, settings=("retrack_weight",)', "losses.siss_no_is, add"),
+    ("another ρ", '"] = 0.1\n    superfactor', '"] = 1.0\n    superfactor'),
+    ("another η", 'rule"] = 0.1', 'rule"] = 1.0'),
+    ("another λ of ReTrack", "= 0.005", "= 0.5"),
+    ("another K of ReTrack", "0: all\"] = 10", "0: all\"] = 1"),
+    ("x from all of X", "data.draw(draw_x, ", 'data.draw("all", '),
+    ("a from X∖A", 'data.draw("forget", ', 'data.draw("rest", '),
+    ("the neighbours of x", "neighbours(a) if", "neighbours(x) if"),
+    ("a batch of the other form", "x_from=draw_x", 'x_from="all"'),
+    ("uniform noise for normal", "noise=torch.randn", "noise=torch.rand"),
+    ("normal noise for EraseDiff's uniform", "uniform=torch.rand(", "uniform=torch.randn("),
 ]  # fmt: skip
 
 

@@ -230,19 +230,37 @@ def test_the_figures_count_effective_images_and_those_that_matter_to_both_terms(
     assert figures["overlap"].item() == ((terms.keep.weight > 1e-8) & (terms.forget.weight > 1e-8)).float().mean().item()
 
 
+def test_each_method_has_its_loss_its_rule_and_its_numbers():
+    """Row by row: another loss or rule of the same form would pass the tests of the steps, which take the terms from the table."""
+    rows = {name: (row.loss.__name__, row.rule.__name__, row.settings, row.neighbours) for name, row in METHODS.items()}
+    assert rows == {
+        "siss": ("siss", "subtract", ("lam",), False),
+        "siss_no_is": ("siss_no_is", "subtract", (), False),
+        "naive_deletion": ("naive_deletion", "add", (), False),
+        "neggrad": ("neggrad", "subtract", (), False),
+        "erasediff": ("erasediff", "erasediff_rule", (), False),
+        "retrack": ("retrack", "add", ("retrack_weight",), True),
+    }
+    assert vars(Settings()) == dict(
+        lam=0.5, grad_ratio=0.1, superfactor=None, ceiling=0.0, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10)  # fmt: skip
+
+
 def test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set():
     # Pixel values tell the sets apart: 0 … 7 are X∖A, 8 and 9 are A.
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
     data = TrainingSet(images, 2)
     seen = {}
     for draw_x in ("all", "rest"):
-        drawn = draw_batch(data, 400, SCHEDULE, torch.Generator().manual_seed(0), draw_x)
-        assert (drawn.n, drawn.k) == (10, 2)
+        drawn = draw_batch(data, 400, SCHEDULE, torch.Generator().manual_seed(0), draw_x, neighbours=lambda a: a)
+        assert (drawn.n, drawn.k, drawn.x_from) == (10, 2, draw_x)
         value = lambda z: set(((z[:, 0, 0, 0] + 1) * 127.5).round().int().tolist())  # noqa: E731
         seen[draw_x] = value(drawn.x)
-        assert value(drawn.a) == {8, 9}
+        assert value(drawn.a) == {8, 9} and drawn.neighbours is drawn.a  # near a, not near x
         assert drawn.timesteps.min() < 10 and drawn.timesteps.max() > 990
-        assert drawn.pick.min() >= 0 and drawn.pick.max() < 1
+        for uniform in (drawn.pick, drawn.uniform):
+            assert uniform.min() >= 0 and uniform.max() < 1 and uniform.mean().item() == pytest.approx(0.5, abs=0.05)
+        assert drawn.noise.mean().abs() < 0.1 and drawn.noise.std().item() == pytest.approx(1, abs=0.1)
+        assert drawn.uniform.shape == drawn.noise.shape == drawn.x.shape and drawn.pick.shape == (400,)
     assert seen == {"all": set(range(10)), "rest": set(range(8))}
 
 
