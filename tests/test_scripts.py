@@ -1,5 +1,7 @@
 """The three scripts, whole, on the tiny preset; and what they say to wrong input."""
 
+import copy
+import importlib
 import json
 import os
 import re
@@ -8,16 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 
-from minisiss import losses, unlearning
+from minisiss import losses, presets, unlearning
 from minisiss.data import digits, training_set
+from minisiss.data.neighbours import nearest_kept
+from minisiss.machine.ranks import gradient_in_parts
 from minisiss.metrics import forgetting
 from minisiss.runs import checkpoint, loop
+from minisiss.schedule import NoiseSchedule
 
 TINY_TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
 TINY_UNLEARN = ("--preset", "mnist-tiny")
@@ -72,6 +78,73 @@ def test_every_method_unlearns_in_its_own_directory(method, script, tiny_checkpo
     assert (status, error) == (0, "")
     assert not same(tmp_path / f"runs/{method}-1/model.pt", tiny_checkpoint)
     assert checkpoint.load(tmp_path / f"runs/{method}-1/model.pt").made_by["settings"]["method"] == method
+
+
+# No number here is a default, or another's.
+NUMBERS = {"lam": 0.3, "grad_ratio": 0.7, "erasediff_eta": 0.9, "retrack_weight": 0.2, "neighbours": 3}
+FLAGS = ("--steps", 2, "--batch-size", 4, "--lr", 0.01, "--ema", 0.25, "--seed", 5, "--precision", "fp32")
+
+
+@pytest.mark.parametrize(
+    "method, draw_x, numbers",
+    [*((method, "rest", {}) for method in METHODS), ("siss", "all", {"superfactor": 2.0, "grad_ratio": None})],
+    ids=[*METHODS, "siss, x ~ X, s"],
+)
+def test_a_run_takes_the_steps_that_its_flags_say(method, draw_x, numbers, script, tiny_checkpoint, tmp_path):
+    """The loop again, by hand: bit for bit, so that a set drawn from, a number or a step's seed cannot be another."""
+    numbers = NUMBERS | numbers
+    typed = [part for name, value in numbers.items() if value is not None for part in (f"--{name.replace('_', '-')}", value)]
+    typed += ["--draw-x", "all"] if draw_x == "all" else []  # where nothing is typed, x ~ X∖A
+    quick = ("--samples", 0, "--draws", 1, "--memory-timesteps", 500, "--out", "a")
+    assert script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--method", method, *FLAGS, *typed, *quick)[0] == 0
+
+    base, data, settings = checkpoint.load(tiny_checkpoint), training_set.mnist_with_tshirt("bundled"), unlearning.Settings(**numbers)
+    model, average, row = base.model, copy.deepcopy(base.model).requires_grad_(False), unlearning.METHODS[method]
+    optimizer, near = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True), nearest_kept(data, 3) if method == "retrack" else None
+    for step in (0, 1):
+        batch = unlearning.draw_batch(data, 4, base.schedule, training_set.step_generator(5, step, "cpu"), draw_x, near)
+        unlearning.step(row, row.terms(model, batch, base.schedule, settings), optimizer, settings, gradient_of=gradient_in_parts)
+        for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+            mean.lerp_(value, 1 - 0.25)
+    found, originals = weights(tmp_path / "a/model.pt"), data.originals(1)
+    _, back = forgetting.noise_and_denoise(average, base.schedule, originals, 500, 5)
+    first, last = (line["memory"] for line in lines(tmp_path / "a/metrics.jsonl") if "memory" in line)
+    assert last == pytest.approx(forgetting.similarity(back, originals).mean().item(), abs=1e-6) != first  # it is the average that is looked at
+    for kind, ours in (("weights", model), ("ema", average)):
+        assert all(torch.equal(found[kind, name], value) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_every_preset_has_every_method_with_its_numbers_and_else_the_defaults(preset, monkeypatch):
+    unlearn, fields = importlib.import_module("unlearn"), unlearning.Settings.__dataclass_fields__
+    for method in METHODS:
+        monkeypatch.setattr(sys, "argv", ["unlearn.py", "--preset", preset, "--method", method])
+        said = presets.PRESETS[preset]["unlearn"] | presets.PRESETS[preset].get(f"unlearn {method}", {})
+        args = unlearn.parse_arguments()
+        numbers = {name: value for name, value in said.items() if name in fields}
+        assert unlearn.chosen(args, unlearning) == (unlearning.METHODS[method], unlearning.Settings(**numbers))
+        # What else the method is: x ~ X∖A and the last weights, where the preset does not say otherwise.
+        assert (args.draw_x, args.ema) == (said.get("draw_x", "rest"), said.get("ema", 0.0))
+
+
+def test_a_training_takes_the_steps_that_its_flags_say(script, tmp_path):
+    flags = ("--steps", 2, "--batch-size", 4, "--lr", 0.01, "--warmup", 4, "--ema", 0.15, "--seed", 5, "--precision", "fp32")
+    assert script("train_ddpm", *TINY_TRAIN, *flags, "--out", "a")[0] == 0
+    config = dict(vars(checkpoint.load(tmp_path / "a/model.pt").model.config), seed=5, checkpoint_activations=False)
+    model, schedule, images = checkpoint.untrained(Namespace(**config)), NoiseSchedule.linear(), training_set.mnist_with_tshirt("bundled").images
+    average, optimizer = copy.deepcopy(model).requires_grad_(False), torch.optim.AdamW(model.parameters(), fused=True)
+    # A quarter of the peak, then half of it and half-way down the cosine; the average forgets the untrained weights fast.
+    for step, (rate, decay) in enumerate([(0.0025, 0.1), (0.0025, 0.15)]):
+        optimizer.param_groups[0]["lr"], generator = rate, training_set.step_generator(5, step, "cpu")
+        x = training_set.draw(images, 4, generator)
+        timesteps = torch.randint(1000, (4,), generator=generator)
+        losses.epsilon_matching(model, x, timesteps, torch.randn(x.shape, generator=generator), schedule).per_image().mean().backward()
+        unlearning.descend(optimizer, {})
+        for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
+    found = weights(tmp_path / "a/model.pt")
+    for kind, ours in (("weights", model), ("ema", average)):
+        assert all(torch.allclose(found[kind, name], value, rtol=1e-5, atol=1e-7) for name, value in ours.state_dict().items())
 
 
 def test_a_loss_of_ones_own_is_the_readmes_function_and_line(script, tiny_checkpoint, tmp_path, monkeypatch):
