@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch):
         average = copy.deepcopy(model).requires_grad_(False)
         state = loop.State(model, average, torch.optim.AdamW(model.parameters(), lr=0.1), NoiseSchedule.linear())
         args = Namespace(method="siss", out=out, resume=out if resume else None, steps=steps, save_every=save_every)
-        with loop.Loop(args, "unlearn.py", state, ALONE) as running:
+        with loop.Loop(args, "unlearn.py", state, ALONE, {}) as running:
             running.log({"look": state.step})
             for step in running:
                 for parameter in model.parameters():
