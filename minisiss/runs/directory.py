@@ -101,7 +101,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl, one JSON object a line, without the lines past the step that a run resumes from.
+    """metrics.jsonl, one JSON object a line, without the lines past the step that a run resumes from, and
+    without that of the end (the T-shirt rate): a run that is extended ends again.
 
     With `writes` false, as on all ranks but one, the file stays as it is.
     """
@@ -109,8 +110,10 @@ class Metrics:
     def __init__(self, directory: Path, start: int = 0, *, writes: bool = True) -> None:
         self.path, self.writes = directory / "metrics.jsonl", writes
         if writes and self.path.exists():
-            kept = [json.dumps(x) + "\n" for x in read_metrics(directory) if start and x["step"] <= start]
-            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+            found = read_metrics(directory) if start else []
+            kept = [x for x in found if x["step"] <= start and "tshirt_rate" not in x]
+            lines = "".join(json.dumps(record) + "\n" for record in kept)
+            write_atomically(self.path, lambda file: file.write(lines.encode()))
 
     def write(self, **record: Any) -> None:
         if self.writes:

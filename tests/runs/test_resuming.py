@@ -67,6 +67,15 @@ def test_a_run_does_not_go_on_with_other_data(change, words, unlearn, script, fo
     assert steps(tmp_path / "run") == 2 and json.loads((tmp_path / "run/config.json").read_text())["steps"] == 2
 
 
+def test_a_finished_run_that_is_resumed_or_extended_says_its_rate_once(script, tiny_checkpoint, tmp_path):
+    arguments = ("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--samples", 4, "--draws", 1, "--steps", 1)
+    assert script("unlearn", *arguments, "--out", "run")[0] == 0
+    for more in ((), ("--steps", 2)):
+        assert script("unlearn", "--resume", "run", *more)[0] == 0
+        rates = [line for line in directory.read_metrics(tmp_path / "run") if "tshirt_rate" in line]
+        assert [line["step"] for line in rates] == [2 if more else 1]
+
+
 def test_digits_are_known_again_too(script, tiny_checkpoint, tmp_path):
     arguments = ("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--samples", 0, "--steps", 1)
     assert script("unlearn", *arguments, "--out", "run")[0] == 0
