@@ -1,6 +1,10 @@
-"""The layout: the method files import only torch, einops and each other, and imports between rooms point downwards."""
+"""The layout: the method files import only torch, einops and each other, and imports between rooms point downwards.
+
+And the least versions of what is imported.
+"""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -36,3 +40,9 @@ def test_a_room_imports_only_from_itself_and_from_those_below(path):
     for module in imports(path):
         package, *rest = module.split(".")
         assert package != "minisiss" or rest[0] in allowed, module
+
+
+def test_the_least_versions_that_are_declared_are_those_of_the_file_to_try_them():
+    dependencies = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("\ndependencies")[1]
+    pinned = re.findall(r"^(\w+)==(.+)$", (ROOT / "tests/minimum.txt").read_text(), re.MULTILINE)
+    assert dict(re.findall(r'"(\w+)>=(.+?)"', dependencies)) == {name: version.removesuffix(".0") for name, version in pinned}
