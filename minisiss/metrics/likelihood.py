@@ -81,7 +81,7 @@ def log_density(model: Model, schedule: NoiseSchedule, x: Tensor, probes: Tensor
     x, probes: [B, C, H, W]; `model` must accept real timesteps and be differentiable in x, in float32. The
     default tolerance is worth 1e-3 bits per dimension. Raises ArithmeticError if it cannot be solved.
     """
-    u = -torch.log1p(-schedule.betas.double()).cumsum(0).cpu().numpy()
+    u = -torch.log1p(-schedule.betas.cpu().double()).cumsum(0).numpy()
     d = x[0].numel()
 
     def ode(time: float, state: Tensor) -> Tensor:

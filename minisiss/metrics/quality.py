@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 SPLITS = 10  # of an inception score
-Moments = tuple[Tensor, Tensor]  # the mean [D] and the covariance [D, D] of a set's features, float64
+Moments = tuple[Tensor, Tensor]  # the mean [D] and the covariance [D, D] of features, float64 on the CPU
 
 
 def inception_score(probabilities: Tensor, splits: int = SPLITS) -> tuple[float, float]:
@@ -19,7 +19,7 @@ def inception_score(probabilities: Tensor, splits: int = SPLITS) -> tuple[float,
     if not 1 <= splits <= len(probabilities):
         raise ValueError(f"an inception score over {splits} splits needs images, got {len(probabilities)}")
     scores = []
-    for p in probabilities.double().tensor_split(splits):
+    for p in probabilities.cpu().double().tensor_split(splits):
         marginal = p.mean(dim=0)  # p(y)
         divergence = (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1)  # KL; xlogy: 0 log 0 = 0
         scores.append(divergence.mean().exp())
@@ -28,10 +28,10 @@ def inception_score(probabilities: Tensor, splits: int = SPLITS) -> tuple[float,
 
 
 def moments(features: Tensor) -> Moments:
-    """Mean and covariance (divisor N − 1) of features: [N, D], in float64. Raises ValueError unless N ≥ 2."""
+    """Mean and covariance (divisor N − 1) of features: [N, D]. Raises ValueError unless N ≥ 2."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"a covariance needs features [N, D] with N ≥ 2, got {list(features.shape)}")
-    features = features.double()
+    features = features.cpu().double()  # not every device has float64
     return features.mean(dim=0), torch.atleast_2d(torch.cov(features.T))
 
 
