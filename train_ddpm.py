@@ -33,7 +33,7 @@ def main() -> int:
     from minisiss import unlearning
     from minisiss.data.training_set import draw, load_training_set, step_generator
     from minisiss.losses import epsilon_matching
-    from minisiss.machine.device import at_precision, pick_device
+    from minisiss.machine.device import adamw, at_precision, pick_device
     from minisiss.machine.ranks import start
     from minisiss.report.pictures import save_samples
     from minisiss.runs.checkpoint import untrained
@@ -48,7 +48,7 @@ def main() -> int:
     average = copy.deepcopy(model).requires_grad_(False)
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
     predict, predict_average = at(world.parallel(model)), at(average)
-    optimizer, size = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True), args.batch_size
+    optimizer, size = adamw(model, args.lr), args.batch_size
 
     state = State(model, average, optimizer, schedule)
     with Loop(args, "train_ddpm.py", state, world, data.listing()) as loop:

@@ -21,12 +21,11 @@ MAY_CHANGE = {
 
 def main() -> int:
     args = parse_arguments()
-    import torch  # takes seconds: only once the command line is known to be right
-
+    # These import torch, which takes seconds: only once the command line is known to be right.
     from minisiss import unlearning
     from minisiss.data.neighbours import nearest_kept
     from minisiss.data.training_set import checksum, load_training_set, step_generator
-    from minisiss.machine.device import at_precision, pick_device
+    from minisiss.machine.device import adamw, at_precision, pick_device
     from minisiss.machine.ranks import gradient_in_parts, start
     from minisiss.report.unlearned import BeforeAfter
     from minisiss.runs.checkpoint import load_any
@@ -42,7 +41,7 @@ def main() -> int:
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
     predict, predict_average = at(model), at(average)
     data = load_training_set(args, model.config.image_shape, device, world, base.forgotten)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    optimizer = adamw(model, args.lr)
     part = math.ceil(args.batch_size / args.accumulate)
     gradient = partial(gradient_in_parts, micro_batch=part, world=world)
 

@@ -9,6 +9,7 @@ al. (2020).
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -234,7 +235,9 @@ def ideal_noise(m: Tensor, points: Tensor, gamma: Tensor, sigma: Tensor) -> Tens
     first, gamma, sigma = points[:, :1].flatten(2), gamma.view(sets, -1, 1), sigma.view(sets, -1, 1)
     from_first = points.flatten(2) - first  # [sets, K, CHW]
     rest = m.flatten(1).view(sets, -1, first.shape[-1]) - gamma * first  # [sets, images of each set, CHW]
-    with torch.autocast(m.device.type, enabled=False):  # bf16 cannot tell near points apart
+    autocast = torch.amp.is_autocast_available(m.device.type)  # not on every device in every torch
+    with torch.autocast(m.device.type, enabled=False) if autocast else nullcontext():
+        # bf16 cannot tell near points apart.
         inner = rest @ from_first.mT - gamma / 2 * from_first.square().sum(dim=-1)[:, None]
         nearest = (gamma / sigma**2 * inner).softmax(dim=-1) @ from_first
     return ((rest - gamma * nearest) / sigma).view_as(m)

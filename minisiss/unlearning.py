@@ -199,7 +199,7 @@ def effective_sample_size(weight: Tensor) -> Tensor:
 
 def dot(g: Gradient, h: Gradient) -> Tensor:
     """⟨g, h⟩"""
-    return torch.stack([torch.vdot(a.flatten(), b.flatten()) for a, b in zip(g, h, strict=True)]).sum()
+    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(g, h, strict=True)]).sum()
 
 
 def norm(g: Gradient) -> Tensor:

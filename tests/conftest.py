@@ -2,7 +2,7 @@ import importlib
 import json
 import os
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, and the same everywhere
@@ -10,6 +10,8 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
 import pytest
 import torch
+
+torch.backends.mps.is_available = lru_cache(lambda: False)  # the same for Apple's GPU
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules of the repository's root

@@ -150,7 +150,7 @@ class ImageFolder:
             return self._but(names=self.names[place])
         pictures = torch.stack(list(self.pool.map(self._read, place.tolist())))
         pictures = pictures.pin_memory() if self.device.type == "cuda" else pictures
-        return pictures.to(self.device, non_blocking=True)
+        return pictures.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _read(self, index: int) -> Tensor:
         """The picture at this index, or the next readable one: [C, H, W] uint8."""

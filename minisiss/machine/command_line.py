@@ -24,6 +24,7 @@ def run(script: Callable[[], int | None]) -> None:
     if rank():  # rank 0 speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # when torch is: the CPU does what mps cannot
     try:
         status = script()
         from minisiss.machine.ranks import leave  # imports torch, as the script has by now
@@ -216,7 +217,7 @@ class Parser(argparse.ArgumentParser):
     def add_machine(self) -> None:
         add = self.add_argument
         add("--seed", type=seed, default=0)
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
         add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if native")
         add("--compile", action="store_true", help="torch.compile: minutes at first, then faster")
 

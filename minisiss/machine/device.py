@@ -1,5 +1,7 @@
 """Which device to compute on, and in which precision."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -8,12 +10,16 @@ from minisiss.schedule import Model
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is a GPU where there is one, under torchrun a GPU for each rank.
+    """"auto" is a GPU where there is one, under torchrun a GPU for each rank. Apple's (mps) is for one alone.
 
     Raises UserError for a device this machine does not have, and where the ranks would have to share one.
     """
+    alone = of_torchrun("WORLD_SIZE", 1) == 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        mps = alone and torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name.startswith("mps") and not alone:
+        raise UserError(f"--device {name}: ranks cannot communicate from there; use --device auto or cpu")
     if name.startswith("cuda") and (ranks := of_torchrun("LOCAL_WORLD_SIZE", 1)) > 1:
         if name != "cuda" or ranks > torch.cuda.device_count():
             most = f"no more ranks than GPUs ({torch.cuda.device_count()})"
@@ -29,22 +35,33 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW on the model's device, in one kernel where every torch has one; elsewhere torch chooses."""
+    parameters = list(model.parameters())
+    fused = True if parameters[0].device.type in ("cpu", "cuda") else None
+    return torch.optim.AdamW(parameters, lr=lr, fused=fused)
+
+
 def at_precision(model: nn.Module, device: torch.device, precision: str, compiled: bool = False) -> Model:
     """The network as a function that computes in bfloat16 or float32; weights and output are float32.
 
     "auto" is bf16 where the processor computes it natively (elsewhere it is slower than float32).
     compiled: by torch.compile, when first called; the function raises UserError where that fails.
+    Raises UserError for bf16 on a device where this torch has no autocast.
     """
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    elif precision == "auto":
+    elif precision == "auto" and device.type == "cpu":
         checks = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # private: not in every torch
         precision = "bf16" if any(getattr(torch.cpu, check, bool)() for check in checks) else "fp32"
+    bf16 = precision == "bf16"  # "auto" elsewhere is fp32: not every torch has bf16 there
+    if bf16 and not torch.amp.is_autocast_available(device.type):
+        raise UserError(f"--precision bf16: not on {device.type} in torch {torch.__version__}; use fp32")
     if compiled:
         model = torch.compile(model)
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             return model(x, timesteps).float()
 
     def predict_compiled(x: Tensor, timesteps: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ def measure(title: str, calls: dict[tuple, Callable[[int], Any]], repeats: int, 
     def clock() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
     times, began = {key: [] for key in calls}, clock()
@@ -141,6 +143,8 @@ def scaling(args: Namespace, presets: list[str], device: torch.device) -> dict[s
     Efficiency is the rate of a rank among N over that of a rank among the fewest. torchrun starts the ranks
     on this same command.
     """
+    if device.type == "mps":
+        raise UserError(f"--scaling: several ranks cannot share {device}; use --device cpu")
     most = torch.cuda.device_count() if device.type == "cuda" else 2
     tables = {preset: [] for preset in presets}
     counts = sorted(args.scaling) or [*(n for n in (1, 2, 4, 8) if n < most), most]
@@ -222,8 +226,9 @@ def main() -> int:
             found[preset] = dict(zip(("siss", "sampling"), list(row.values())[1:], strict=True))
         world.on_rank_0(lambda: write_json(out, found))
         return 0
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    kind = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    other = f"{platform.machine()} {kind}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else other
     results = {"torch": str(torch.__version__), "device": name, "presets": {}}
     print(f"torch {torch.__version__}, {name}\n")
     if args.scaling is not None:

@@ -14,7 +14,7 @@ from minisiss.data.folder import ImageFolder
 from minisiss.data.neighbours import nearest_kept
 from minisiss.data.training_set import TrainingSet, mnist_with_tshirt, step_generator
 from minisiss.losses import Terms, squared_error
-from minisiss.machine.device import at_precision, pick_device
+from minisiss.machine.device import adamw, at_precision, pick_device
 from minisiss.machine.ranks import ALONE, World, gradient_in_parts
 from minisiss.presets import PRESETS
 from minisiss.sampling import sample
@@ -49,7 +49,7 @@ class Workload:
         torch.manual_seed(args.seed)
         self.model = UNet(self.config).to(self.device)
         self.predict = at_precision(self.model, self.device, args.precision)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+        self.optimizer = adamw(self.model, lr=0.0)
 
     def at(self, precision: str, compiled: bool = False) -> "Workload":
         """The same network, computed in another way."""

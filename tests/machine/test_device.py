@@ -1,4 +1,4 @@
-"""How the network is run: precision, and compiled."""
+"""Where the network is run, and how: precision, and compiled."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from conftest import randomise
 from torch._dynamo.testing import CompileCounter
 
 from minisiss.errors import UserError
-from minisiss.machine.device import at_precision
+from minisiss.machine.device import adamw, at_precision, pick_device
 from minisiss.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
@@ -57,3 +57,45 @@ def test_bf16_computes_in_bfloat16_and_returns_float32(small):
     assert rounded.dtype == torch.float32
     error = (rounded - exact).norm() / exact.norm()
     assert 1e-4 < error < 5e-2
+
+
+@pytest.fixture
+def apple(monkeypatch):
+    """A machine with Apple's GPU, as far as picking it goes."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *arguments, **options: None)
+
+
+def test_apples_gpu_is_picked_where_there_is_no_other(apple, monkeypatch):
+    assert pick_device("auto") == pick_device("mps") == torch.device("mps")
+    assert pick_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")
+
+
+def test_ranks_do_not_take_apples_gpu(apple, monkeypatch):
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert pick_device("auto") == CPU
+    with pytest.raises(UserError, match="--device mps: ranks"):
+        pick_device("mps")
+
+
+def test_where_there_is_no_apples_gpu_it_is_not_picked():
+    assert pick_device("auto") == CPU
+    with pytest.raises(UserError, match="--device mps: not usable"):
+        pick_device("mps")
+
+
+def test_a_device_without_autocast_computes_in_float32(small, monkeypatch):
+    exact = at_precision(small, CPU, "fp32")(*inputs(4))
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
+    monkeypatch.setattr(torch, "autocast", None)
+    assert torch.equal(at_precision(small, torch.device("mps"), "auto")(*inputs(4)), exact)
+    with pytest.raises(UserError, match="--precision bf16: not on mps in torch"):
+        at_precision(small, torch.device("mps"), "bf16")
+
+
+def test_the_optimizer_is_one_kernel_where_every_torch_has_one(small):
+    assert adamw(small, 0.1).defaults["fused"] is True
+    assert adamw(small.to("meta"), 0.1).defaults["fused"] is None
