@@ -8,6 +8,7 @@ what one does, to rounding, and what one of them decides, all decide. Rank 0 alo
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event
 from typing import TypeVar
 
 import torch
@@ -141,4 +142,6 @@ def gradient_in_parts(term: Term | Difference, parameters: list[Tensor], *, micr
 def leave() -> None:
     """Part from the other ranks at the end of a run that went well. After a failure nobody may answer."""
     if dist.is_available() and dist.is_initialized():
+        # Python's lock for gloo's threads, to drop the last message: torch 2.4 joins them while it holds it.
+        Event().wait(0.1)
         dist.destroy_process_group()
