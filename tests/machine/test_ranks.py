@@ -297,7 +297,7 @@ def test_a_rank_that_fails_ends_the_run_which_keeps_its_last_checkpoint(action, 
     assert rank.status != 0 and failed.status == {fail: 1, die: -signal.SIGKILL, complain: 2}[action]
     assert says in failed.err
     assert checkpoint.load(tmp_path / "run/model.pt").training["step"] == 4
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "model.pt"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "inputs.json", "model.pt"]
 
 
 WRONG = [
@@ -323,7 +323,8 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *arguments, **options: None)
     assert device.pick_device("auto") == torch.device("cuda")
-    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+    of_torchrun = {"LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "here", "MASTER_PORT": 1}
+    for name, value in ((name, str(value)) for name, value in of_torchrun.items()):
         monkeypatch.setenv(name, value)
     assert device.pick_device("auto") == device.pick_device("cuda") == torch.device("cuda:1")
     assert device.pick_device("cpu") == torch.device("cpu")
