@@ -57,10 +57,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Term:
-    """weight · ‖target − ε_θ(noisy, t)‖² of each image; `per_image` runs the network.
+    """weight · min(‖target − ε_θ(noisy, t)‖², ceiling) of each image; `per_image` runs the network.
 
     noisy, target: [B, C, H, W]; timesteps, weight, ceiling: [B]. The weights do not depend on the network.
-    How much of an error counts where there is a ceiling does: see `up_to`.
+    Which images are above the ceiling does: those have no gradient any more.
     """
 
     model: Model
@@ -86,7 +86,7 @@ class Term:
         """The loss of these images, given the network's prediction for them."""
         error = squared_error(prediction, self.target[images])
         if self.ceiling is not None:
-            error = up_to(self.ceiling[images], error)
+            error = error.clamp(max=self.ceiling[images])
         return self.weight[images] * error
 
 
@@ -131,10 +131,10 @@ class Terms:
         return self.keep is not None and self.forget is not None and self.keep.noisy is self.forget.noisy
 
     def below(self, ceiling: Tensor) -> "Terms":
-        """The same, but the errors of the forget term are to end at the ceiling τ: [T]. Not in the paper.
+        """The same, but an image counts in the forget term only while its error is below the ceiling τ: [T].
 
-        Then E[forget] is k/(n−k) · E[φ(‖ε_a − ε_θ‖²)] with the φ of `up_to`, which is at most τ_t/2: so that
-        keep − c · forget is bounded from below, unlike L_{X∖A} − s · k/(n−k) · L_A.
+        Then E[forget] is k/(n−k) · E[min(‖ε_a − ε_θ‖², τ_t)], so that keep − c · forget is bounded from
+        below, unlike L_{X∖A} − s · k/(n−k) · L_A. Below τ nothing changes. Not in the paper.
         """
         return replace(self, forget=replace(self.forget, ceiling=ceiling[self.forget.timesteps]))
 
@@ -142,17 +142,6 @@ class Terms:
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """‖target − prediction‖² of each image, as the mean over its pixels so that image sizes compare: [B]."""
     return (target - prediction).pow(2).flatten(1).mean(dim=1)
-
-
-def up_to(ceiling: Tensor, error: Tensor) -> Tensor:
-    """What counts of an error e that is subtracted, and is to end at its ceiling τ: [B].
-
-        φ(e) = e − e²/2τ,   and beyond 2τ: 2τ − e
-
-    It is τ/2 minus a Huber loss of e − τ. Its slope falls from 1 at e = 0, as if there were no ceiling, to 0
-    at τ and −1 at 2τ. So a small error is pushed up, a large one drawn back, and at τ nothing disturbs it.
-    """
-    return torch.where(error < 2 * ceiling, error - error**2 / (2 * ceiling), 2 * ceiling - error)
 
 
 def epsilon_matching(model: Model, x: Tensor, timesteps: Tensor, noise: Tensor, schedule: NoiseSchedule,

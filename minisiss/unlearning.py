@@ -28,7 +28,7 @@ class Settings:
     lam: Annotated[float, 0, 1, "λ of the mixture: the share of noisy images made from A (siss)"] = 0.5
     grad_ratio: Annotated[float | None, 0, None, "ρ: norm of what is subtracted over the kept one's"] = 0.1
     superfactor: Annotated[float | None, 0, None, "s: subtract s·k/(n−k)·L_A, not by norms"] = None
-    ceiling: Annotated[float, 0, None, "the error on A to end at, in units of τ; 0: none"] = 0.0
+    ceiling: Annotated[float, 0, None, "subtract an image up to this error, in units of τ; 0: always"] = 0.0
     erasediff_eta: Annotated[float, 0, None, "η of EraseDiff's rule"] = 0.1
     retrack_weight: Annotated[float, 0, 1, "λ of ReTrack: the weight of its forget term"] = 0.005
     neighbours: Annotated[int, 0, None, "K of ReTrack: kept pictures near one to forget; 0: all"] = 10
