@@ -1,7 +1,7 @@
 """Make a trained model forget the T-shirt and keep the digits, or a folder's pictures and keep the others.
 
     python unlearn.py                             the bundled model, by SISS
-    python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff, retrack
+    python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff, retrack, unseen
     python unlearn.py --preset celebahq --checkpoint ddpm-celebahq-256/ --data-root faces/ --forget 10000.jpg
 """
 
@@ -47,6 +47,7 @@ def main() -> int:
 
     report = BeforeAfter(args, data, predict_average, schedule, world)
     near = nearest_kept(data, settings.neighbours) if method.neighbours else None
+    old = at(copy.deepcopy(base.model)) if method.old else None
     inputs = data.listing() | {"checkpoint": checksum(*base.model.state_dict().values())}
     state = State(model, average, optimizer, schedule)
     loop = Loop(args, "unlearn.py", state, world, inputs, base=base.made_by)
@@ -57,7 +58,7 @@ def main() -> int:
         for step in loop:
             generator = step_generator(args.seed, step, device)
             batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x, near)
-            terms = method.terms(predict, batch, schedule, settings, ceiling)
+            terms = method.terms(predict, batch, schedule, settings, ceiling, old)
             figures = unlearning.step(method, terms, optimizer, settings, gradient_of=gradient)
             unlearning.update_average(average, model, args.ema)
             loop.stepped()
@@ -92,7 +93,7 @@ def parse_arguments() -> Namespace:
     parser.add_data("bundled")
     add = parser.add_argument
     add("--method", default="siss",
-        help="siss, siss_no_is, naive_deletion, neggrad, erasediff, retrack, or your own")
+        help="siss, siss_no_is, naive_deletion, neggrad, erasediff, retrack, unseen, or your own")
     add("--checkpoint", type=filename, default="bundled",
         help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled'")
     parser.add_fields("unlearning", "Settings", one_of=("grad_ratio", "superfactor"))

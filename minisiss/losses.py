@@ -209,6 +209,29 @@ def retrack(model: Model, batch: Batch, schedule: NoiseSchedule, retrack_weight:
     return Terms(keep, replace(forget, target=ideal_noise(forget.noisy, batch.neighbours, gamma, sigma)))
 
 
+def unseen(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float, unseen_weight: float,
+           old: Model) -> Terms:
+    """SISS with an aim (not in the paper): on A the model learns what the `old` model, the one before
+    unlearning, says of pictures alike that it never saw, A's own reflected in a diagonal. With x ~ X∖A:
+
+        keep:    w_x ‖ε_x − ε_θ(m_t, t)‖²
+        forget:  s · k/(n−k) · w_a ‖R ε_old(R m_t, t) − ε_θ(m_t, t)‖²,   R one of two reflections, R R = 1
+
+    E[keep + forget] is L_{X∖A} + s · k/(n−k) · E_A ‖R ε_old(R m_t, t) − ε_θ(m_t, t)‖² for every λ and
+    network, and is descended on; s is `unseen_weight`. Needs batch.x from X∖A, and square pictures.
+    """
+    terms = siss(model, batch, schedule, lam)
+    forget, other = terms.forget, batch.uniform.flatten(1)[:, 0] < 0.5
+    with torch.no_grad():
+        target = reflect(old(reflect(forget.noisy, other), forget.timesteps), other)
+    return replace(terms, forget=replace(forget, target=target, weight=unseen_weight * forget.weight))
+
+
+def reflect(images: Tensor, other: Tensor) -> Tensor:
+    """Reflect square images in their diagonal, or in the other one where `other`, [B] bool, says so."""
+    return torch.where(broadcast(other, images), images.flip(-2, -1).mT, images.mT)
+
+
 def ideal_noise(m: Tensor, points: Tensor, gamma: Tensor, sigma: Tensor) -> Tensor:
     """The noise that a model which knew only these points x_i would predict in m: Σ_i w_i v_i with
 

@@ -32,6 +32,7 @@ class Settings:
     erasediff_eta: Annotated[float, 0, None, "η of EraseDiff's rule"] = 0.1
     retrack_weight: Annotated[float, 0, 1, "λ of ReTrack: the weight of its forget term"] = 0.005
     neighbours: Annotated[int, 0, None, "K of ReTrack: kept pictures near one to forget; 0: all"] = 10
+    unseen_weight: Annotated[float, 0, None, "s of unseen: the weight s·k/(n−k) of its forget term"] = 25.0
 
 
 def subtract(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
@@ -46,36 +47,38 @@ def erasediff_rule(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> 
     return -(settings.erasediff_eta - agreement).clamp(min=0)
 
 
-def add(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
-    """c = −1: what terms there are, are descended on."""
-    return -torch.ones((), device=g_keep[0].device)
-
-
 @dataclass(frozen=True)
 class Method:
     """A row of the table of methods."""
 
     loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
-    rule: Callable[[Gradient, Gradient, Settings], Tensor] | None = subtract  # c; None: a loss of one term
+    rule: Callable[[Gradient, Gradient, Settings], Tensor] | None = subtract  # c; None: nothing is subtracted
     settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
     neighbours: bool = False  # whether the loss needs batch.neighbours
+    old: bool = False  # whether it needs the model before unlearning
 
     @property
     def reads(self) -> set[str]:
         """The fields of `Settings` that make a difference. (A rule of one's own may read any.)"""
-        of_rules = {None: (), add: (), erasediff_rule: ("erasediff_eta",),
+        of_rules = {None: (), erasediff_rule: ("erasediff_eta",),
                     subtract: ("grad_ratio", "superfactor", "ceiling")}
         every = Settings.__dataclass_fields__
         return {*self.settings, *of_rules.get(self.rule, every), *["neighbours"][: self.neighbours]}
 
     def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings,
-              ceiling: Tensor | None = None) -> Terms:
-        """What the loss makes of a batch, the forget term only below a ceiling if there is one: [T]."""
-        terms = self.loss(model, batch, schedule, **{name: getattr(settings, name) for name in self.settings})
+              ceiling: Tensor | None = None, old: Model | None = None) -> Terms:
+        """What the loss makes of a batch, the forget term only below a ceiling if there is one: [T].
+
+        old: the model before unlearning, for the methods that need it.
+        """
+        more = {name: getattr(settings, name) for name in self.settings} | ({"old": old} if self.old else {})
+        terms = self.loss(model, batch, schedule, **more)
         return terms if ceiling is None else terms.below(ceiling)
 
     def known_c(self, terms: Terms, settings: Settings) -> float | None:
-        """c where it is known before any gradient: where the method subtracts, and s is given."""
+        """c where it is known before any gradient: −1 where nothing is subtracted, or where s is given."""
+        if self.rule is None:
+            return -1.0
         if self.rule is not subtract or settings.superfactor is None:
             return None
         return terms.c_of_deletion + settings.superfactor
@@ -88,7 +91,8 @@ METHODS = {
     "naive_deletion": Method(losses.naive_deletion, None),
     "neggrad": Method(losses.neggrad, None),
     "erasediff": Method(losses.erasediff, erasediff_rule),
-    "retrack": Method(losses.retrack, add, settings=("retrack_weight",), neighbours=True),
+    "retrack": Method(losses.retrack, None, settings=("retrack_weight",), neighbours=True),
+    "unseen": Method(losses.unseen, None, settings=("lam", "unseen_weight"), old=True),
 }
 
 

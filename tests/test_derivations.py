@@ -222,6 +222,20 @@ def test_a_ceiling_bounds_the_loss_from_below_where_siss_diverges(x_from):
         assert below(Guess(p), timestep, tau, x_from, s) >= -(1 + s) * K / (N - K) * tau
 
 
+@pytest.mark.parametrize("timestep", TIMESTEPS)
+def test_unseen_is_naive_deletion_and_s_times_the_error_on_what_the_old_model_says(timestep):
+    model, old, s = Network(), Network(seed=1), 25.0
+    gamma, sigma, z = SCHEDULE.gamma[timestep], SCHEDULE.sigma[timestep], torch.from_numpy(NODES)
+    told = 0.0
+    for a in FORGET:  # one pixel is its own reflection
+        m, t = (gamma * a + sigma * z).reshape(-1, 1, 1, 1), torch.full((len(z),), timestep)
+        told += (torch.from_numpy(NODE_WEIGHTS) * (old(m, t) - model(m, t)).square().flatten()).sum().detach() / K
+    for lam in (0.1, 0.5, 0.9):
+        loss = partial(losses.unseen, lam=lam, unseen_weight=s, old=old)
+        ours = expectation(loss, model, timestep, KEEP, lam, s=-1.0)  # keep + forget
+        assert abs(ours - (integral(model, timestep, KEEP) + s * K / (N - K) * told)) < 1e-9
+
+
 def test_erasediff_pulls_the_prediction_on_the_forget_set_to_the_uniform_noise():
     batch, _ = everything(500, 0.5, KEEP)
     model = Network()

@@ -28,7 +28,7 @@ from minisiss.schedule import NoiseSchedule
 TINY_TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
 TINY_UNLEARN = ("--preset", "mnist-tiny")
 TINY_EVAL = ("--samples", 4, "--sampling-steps", 2, "--draws", 2, "--memory-timesteps", 500)
-METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retrack"]
+METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retrack", "unseen"]
 
 
 def lines(path):
@@ -81,7 +81,7 @@ def test_every_method_unlearns_in_its_own_directory(method, script, tiny_checkpo
 
 
 # No number here is a default, or another's.
-NUMBERS = {"lam": 0.3, "grad_ratio": 0.7, "erasediff_eta": 0.9, "retrack_weight": 0.2, "neighbours": 3}
+NUMBERS = {"lam": 0.3, "grad_ratio": 0.7, "erasediff_eta": 0.9, "retrack_weight": 0.2, "neighbours": 3, "unseen_weight": 7.0}
 FLAGS = ("--steps", 2, "--batch-size", 4, "--lr", 0.01, "--ema", 0.25, "--seed", 5, "--precision", "fp32")
 
 
@@ -102,9 +102,10 @@ def test_a_run_takes_the_steps_that_its_flags_say(method, draw_x, numbers, scrip
     base, data, settings = checkpoint.load(tiny_checkpoint), training_set.mnist_with_tshirt("bundled"), unlearning.Settings(**numbers)
     model, average, row = base.model, copy.deepcopy(base.model).requires_grad_(False), unlearning.METHODS[method]
     optimizer, near = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True), nearest_kept(data, 3) if method == "retrack" else None
+    old = copy.deepcopy(base.model)
     for step in (0, 1):
         batch = unlearning.draw_batch(data, 4, base.schedule, training_set.step_generator(5, step, "cpu"), draw_x, near)
-        unlearning.step(row, row.terms(model, batch, base.schedule, settings), optimizer, settings, gradient_of=gradient_in_parts)
+        unlearning.step(row, row.terms(model, batch, base.schedule, settings, old=old), optimizer, settings, gradient_of=gradient_in_parts)
         for mean, value in zip(average.parameters(), model.parameters(), strict=True):
             mean.lerp_(value, 1 - 0.25)
     found, originals = weights(tmp_path / "a/model.pt"), data.measured(1)[1]

@@ -90,6 +90,17 @@ def test_retrack_descends_on_both_terms():
         assert moved == combine(keep, forget, -1)
 
 
+def test_unseen_descends_on_both_terms_in_one_pass():
+    model, drawn, settings = TwoParameters(), batch(size=40, draw_x="rest"), Settings(unseen_weight=300.0)
+    terms = METHODS["unseen"].terms(model, drawn, SCHEDULE, settings, old=lambda m, t: m * torch.arange(4.0))
+    keep, forget, old = model.gradient(terms.keep), model.gradient(terms.forget), [p.item() for p in model.parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlearning, "MAX_NORM", 1e9)
+        figures = unlearning.step(METHODS["unseen"], terms, torch.optim.SGD(model.parameters(), lr=1.0), settings)
+    assert "loss" in figures and "norm_keep" not in figures
+    assert [before - p.item() for before, p in zip(old, model.parameters(), strict=True)] == combine(keep, forget, -1)
+
+
 @pytest.mark.parametrize("superfactor", [None, 5.0], ids=["two passes", "one pass"])
 def test_images_above_the_ceiling_push_no_longer(superfactor):
     model, drawn, settings = TwoParameters(), batch(size=40), Settings(superfactor=superfactor)
@@ -165,7 +176,8 @@ def test_a_parameter_that_is_no_number_any_more_stops_too():
 def test_leaving_out_images_of_negligible_weight_changes_no_gradient(lam, config):
     config = UNetConfig(**{**dict(channels=(8, 16), norm_groups=4, layers_per_block=1, attention_levels=()), **config})
     model = randomise(UNet(config))
-    images = torch.randint(0, 256, (8, config.image_channels, config.image_size, config.image_size), dtype=torch.uint8)
+    shape, rng = (8, config.image_channels, config.image_size, config.image_size), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
     drawn = draw_batch(TrainingSet(images, 1), 4, SCHEDULE, torch.Generator().manual_seed(0), "all")
     terms = losses.siss(model, drawn, SCHEDULE, lam)
     parameters = list(model.parameters())
@@ -232,17 +244,19 @@ def test_the_figures_count_effective_images_and_those_that_matter_to_both_terms(
 
 def test_each_method_has_its_loss_its_rule_and_its_numbers():
     """Row by row: another loss or rule of the same form would pass the tests of the steps, which take the terms from the table."""
-    rows = {name: (row.loss.__name__, row.rule and row.rule.__name__, row.settings, row.neighbours) for name, row in METHODS.items()}
+    fields = lambda row: (row.loss.__name__, row.rule and row.rule.__name__, row.settings, row.neighbours, row.old)  # noqa: E731
+    rows = {name: fields(row) for name, row in METHODS.items()}
     assert rows == {
-        "siss": ("siss", "subtract", ("lam",), False),
-        "siss_no_is": ("siss_no_is", "subtract", (), False),
-        "naive_deletion": ("naive_deletion", None, (), False),
-        "neggrad": ("neggrad", None, (), False),
-        "erasediff": ("erasediff", "erasediff_rule", (), False),
-        "retrack": ("retrack", "add", ("retrack_weight",), True),
+        "siss": ("siss", "subtract", ("lam",), False, False),
+        "siss_no_is": ("siss_no_is", "subtract", (), False, False),
+        "naive_deletion": ("naive_deletion", None, (), False, False),
+        "neggrad": ("neggrad", None, (), False, False),
+        "erasediff": ("erasediff", "erasediff_rule", (), False, False),
+        "retrack": ("retrack", None, ("retrack_weight",), True, False),
+        "unseen": ("unseen", None, ("lam", "unseen_weight"), False, True),
     }
     assert vars(Settings()) == dict(
-        lam=0.5, grad_ratio=0.1, superfactor=None, ceiling=0.0, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10)  # fmt: skip
+        lam=0.5, grad_ratio=0.1, superfactor=None, ceiling=0.0, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, unseen_weight=25.0)  # fmt: skip
 
 
 def test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set():

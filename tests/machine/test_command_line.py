@@ -68,6 +68,7 @@ FLAGS = {
     "--superfactor": (["0", "1e9"], ["-1", *NUMBERS]),
     "--ceiling": (["0", "1e9"], ["-1", *NUMBERS]),
     "--retrack-weight": (["0", "1"], ["-0.1", "1.5", *NUMBERS]),
+    "--unseen-weight": (["0", "1e9"], ["-1", *NUMBERS]),
     "--neighbours": (["0", "1000000000"], ["-1", *INTEGERS]),
     "--erasediff-eta": (["0", "1e9"], ["-1", *NUMBERS]),
     "--draw-x": (["all", "rest"], ["none"]),

@@ -22,7 +22,7 @@ from minisiss.runs import checkpoint
 
 TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled", "--sample-every", 1000, "--save-every", 1)
 UNLEARN = ("--preset", "mnist-tiny", "--samples", 0, "--memory-timesteps", 500, "--save-every", 2)
-METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retrack"]
+METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retrack", "unseen"]
 
 # A server that has imported everything once, and forks: a process costs a fraction of a second.
 processes = multiprocessing.get_context("forkserver")
