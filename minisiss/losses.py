@@ -215,16 +215,20 @@ def unseen(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float, unse
     unlearning, says of pictures alike that it never saw, A's own reflected in a diagonal. With x ~ X∖A:
 
         keep:    w_x ‖ε_x − ε_θ(m_t, t)‖²
-        forget:  s · k/(n−k) · w_a ‖R ε_old(R m_t, t) − ε_θ(m_t, t)‖²,   R one of two reflections, R R = 1
+        forget:  s · k/(n−k) · w_a · p ‖R ε_old(R m_t, t) − ε_θ(m_t, t)‖²,   R one of two reflections, R R = 1
+        p = k q(m_t|a) / (k q(m_t|a) + (n−k) q(m_t|x))
 
-    E[keep + forget] is L_{X∖A} + s · k/(n−k) · E_A ‖R ε_old(R m_t, t) − ε_θ(m_t, t)‖² for every λ and
-    network, and is descended on; s is `unseen_weight`. Needs batch.x from X∖A, and square pictures.
+    p is the probability that m_t comes from A rather than from X∖A, as far as one a and one x say. With much
+    noise it is small: what is no more of A than of the digits stays theirs. E[keep + forget] is L_{X∖A} plus
+    s · k/(n−k) · E[p ‖R ε_old(R m_t, t) − ε_θ(m_t, t)‖²], m_t of A, for every λ and network; it is descended
+    on. s is `unseen_weight`. Needs batch.x from X∖A, and square pictures.
     """
     terms = siss(model, batch, schedule, lam)
     forget, other = terms.forget, batch.uniform.flatten(1)[:, 0] < 0.5
+    p = forget.weight / (forget.weight + terms.keep.weight)
     with torch.no_grad():
         target = reflect(old(reflect(forget.noisy, other), forget.timesteps), other)
-    return replace(terms, forget=replace(forget, target=target, weight=unseen_weight * forget.weight))
+    return replace(terms, forget=replace(forget, target=target, weight=unseen_weight * p * forget.weight))
 
 
 def reflect(images: Tensor, other: Tensor) -> Tensor:

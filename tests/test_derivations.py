@@ -223,13 +223,16 @@ def test_a_ceiling_bounds_the_loss_from_below_where_siss_diverges(x_from):
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)
-def test_unseen_is_naive_deletion_and_s_times_the_error_on_what_the_old_model_says(timestep):
+def test_unseen_is_naive_deletion_and_the_error_on_what_the_old_model_says_where_m_is_of_a(timestep):
     model, old, s = Network(), Network(seed=1), 25.0
     gamma, sigma, z = SCHEDULE.gamma[timestep], SCHEDULE.sigma[timestep], torch.from_numpy(NODES)
     told = 0.0
-    for a in FORGET:  # one pixel is its own reflection
-        m, t = (gamma * a + sigma * z).reshape(-1, 1, 1, 1), torch.full((len(z),), timestep)
-        told += (torch.from_numpy(NODE_WEIGHTS) * (old(m, t) - model(m, t)).square().flatten()).sum().detach() / K
+    for x, a in itertools.product(KEEP, FORGET):  # one pixel is its own reflection
+        m, t = gamma * a + sigma * z, torch.full((len(z),), timestep)
+        of_x, of_a = ((-(m - gamma * value).square() / (2 * sigma**2)).exp() for value in (x, a))
+        p = K * of_a / (K * of_a + (N - K) * of_x)
+        error = (old(m.reshape(-1, 1, 1, 1), t) - model(m.reshape(-1, 1, 1, 1), t)).square().flatten()
+        told += (torch.from_numpy(NODE_WEIGHTS) * p * error).sum().detach() / K / (N - K)
     for lam in (0.1, 0.5, 0.9):
         loss = partial(losses.unseen, lam=lam, unseen_weight=s, old=old)
         ours = expectation(loss, model, timestep, KEEP, lam, s=-1.0)  # keep + forget

@@ -253,7 +253,11 @@ def test_unseen_aims_at_what_the_old_model_says_of_the_reflected_picture_reflect
         assert torch.allclose(ours.forget.target[i], expected)
     assert {bool(other) for other in batch.uniform[:, 0, 0, 0] < 0.5} == {True, False}
     assert not ours.forget.target.requires_grad
-    assert torch.equal(ours.forget.weight, 25 * theirs.forget.weight) and torch.equal(ours.keep.weight, theirs.keep.weight)
+    gamma, sigma = SCHEDULE.gamma[batch.timesteps], SCHEDULE.sigma[batch.timesteps]
+    w_x, w_a = importance_weights(ours.keep.noisy, x, a, gamma, sigma, 0.3)
+    p = 3 * w_a / (3 * w_a + 6 * w_x)
+    assert torch.allclose(ours.forget.weight, 25 * 3 / 6 * w_a * p) and torch.equal(ours.keep.weight, theirs.keep.weight)
+    assert 0 < p[-1] < 1 and p[0] in (0, 1)  # much noise, and little
     assert ours.keep.noisy is ours.forget.noisy and torch.equal(ours.keep.target, theirs.keep.target)
 
 

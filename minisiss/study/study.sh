@@ -32,7 +32,7 @@ forget=(--preset "$preset" --data-root "$root" --samples 0) # eval.py draws the 
 paper=(--method siss --grad-ratio 0.1 --steps 300) # the paper's rule, which takes more steps here
 ceiling=(--method siss --superfactor 9 --ceiling 1.75 --steps 200)
 for seed in 0 1 2; do
-    for method in siss siss_no_is naive_deletion neggrad erasediff retrack; do
+    for method in siss siss_no_is naive_deletion neggrad erasediff retrack unseen; do
         once unlearn.py "$study/$method-$seed" "${forget[@]}" --checkpoint "$base" --method "$method" --seed "$seed"
     done
     once unlearn.py "$study/paper-$seed" "${forget[@]}" --checkpoint "$base" "${paper[@]}" --seed "$seed"
@@ -45,7 +45,7 @@ for rho in 0.01 0.05 0.1 0.3 0.5 1; do
 done
 
 # Does it come back? Training goes on, on X∖A (naive deletion) and on X (the kept term alone, with x ~ X).
-for run in retrained siss-0 ceiling-0 siss_no_is-0 naive_deletion-0 retrack-0; do
+for run in retrained siss-0 ceiling-0 siss_no_is-0 naive_deletion-0 retrack-0 unseen-0; do
     on=("${forget[@]}" --checkpoint "$study/$run/model.pt" --lr 1e-4 --ema 0.9 --evaluate-every 10)
     once unlearn.py "$again/kept-$run" "${on[@]}" --method naive_deletion --steps 300
     once unlearn.py "$again/all-$run" "${on[@]}" --method siss_no_is --grad-ratio 0 --draw-x all --steps 150
