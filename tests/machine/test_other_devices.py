@@ -1,5 +1,6 @@
 """A device that has no float64, no autocast and no fused AdamW, as Apple's may be: see stand_in.py."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -95,9 +96,10 @@ def weights_after_two_steps(name: str, settings: unlearning.Settings, place: str
     predict, optimizer, method = at_precision(model, torch.device(place), "fp32"), adamw(model, 1e-3), unlearning.METHODS[name]
     near = nearest_kept(data, 3) if method.neighbours else None
     ceiling = settings.ceiling * forgetting.look_alike_loss(predict, schedule, data) if settings.ceiling else None
+    old = at_precision(copy.deepcopy(model), torch.device(place), "fp32")
     for step in (0, 1):
         batch = unlearning.draw_batch(data, 8, schedule, step_generator(0, step, place), neighbours=near)
-        terms = method.terms(predict, batch, schedule, settings, ceiling)
+        terms = method.terms(predict, batch, schedule, settings, ceiling, old)
         gradient = partial(gradient_in_parts, micro_batch=3) if step else unlearning.gradient
         unlearning.step(method, terms, optimizer, settings, gradient_of=gradient)
     return [parameter.detach().cpu() for parameter in model.parameters()]

@@ -153,7 +153,7 @@ def work_together():
             near, generator = nearest_kept(pictures, 2), torch.Generator().manual_seed(step)
             batch = unlearning.draw_batch(pictures, size, SCHEDULE, generator, neighbours=near)
             settings, gradient = unlearning.Settings(), partial(ranks.gradient_in_parts, micro_batch=2, world=world)
-            figures = unlearning.step(method, method.terms(model, batch, SCHEDULE, settings), optimizer, settings, gradient_of=gradient)
+            figures = unlearning.step(method, method.terms(model, batch, SCHEDULE, settings, old=tiny_model()), optimizer, settings, gradient_of=gradient)
             found[name, step] = {key: value.item() for key, value in figures.items()}
         found[name] = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     options = dict(seed=3, batch_size=3, steps=2, eta=1.0, world=world)
