@@ -26,8 +26,8 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
     """What fails inside `with` becomes a UserError that names the file, and says why it cannot be read."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged file can fail anywhere in torch's readers
         reason = "truncated, damaged, or of another program"
         raise UserError(f"{path}: not a readable {what} ({reason})") from error

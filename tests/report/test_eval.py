@@ -340,7 +340,7 @@ if [ "$(wc -l < calls)" = 4 ]; then exit 130; fi
     assert study() == 0
     again = (tmp_path / "calls").read_text().splitlines()[4:]
     assert again[0] == "unlearn.py --resume runs/study-mnist/siss_no_is-0"
-    assert len(again) == 1 + 22 + 10 + 12 + 3 and all("--out" in call for call in again[1:-3])
+    assert len(again) == 1 + 25 + 10 + 14 + 3 and all("--out" in call for call in again[1:-3])
     assert again[-3].startswith("eval.py runs/study-mnist/ceiling-0/ ") and "--samples 4096" in again[-3]
     assert again[-2].startswith("eval.py runs/ablation-mnist/lam-0.1/ ") and again[-1].startswith("eval.py runs/again-mnist/all-")
     assert study() == 0
