@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unlearn neggrad": dict(steps=60, lr=1e-5),
         "unlearn erasediff": dict(steps=30, lr=3e-5),
         "unlearn retrack": dict(steps=50, batch_size=128, lr=5e-5, ema=0.0),  # as published
-        "unlearn unseen": dict(steps=240, lr=5e-5, ema=0.95, unseen_weight=15.0),
+        "unlearn unseen": dict(steps=300, lr=4e-5, ema=0.98),
     },
     # The paper's MNIST model, for a GPU.
     "mnist": {

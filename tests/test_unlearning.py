@@ -256,7 +256,7 @@ def test_each_method_has_its_loss_its_rule_and_its_numbers():
         "unseen": ("unseen", None, ("lam", "unseen_weight"), False, True),
     }
     assert vars(Settings()) == dict(
-        lam=0.5, grad_ratio=0.1, superfactor=None, ceiling=0.0, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, unseen_weight=25.0)  # fmt: skip
+        lam=0.5, grad_ratio=0.1, superfactor=None, ceiling=0.0, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, unseen_weight=6.0)  # fmt: skip
 
 
 def test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set():
