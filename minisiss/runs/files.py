@@ -60,7 +60,8 @@ def unwrapped(tensors: dict[str, Any]) -> dict[str, Any]:
     """The same, without what DistributedDataParallel and torch.compile put before all names."""
     tensors = dict(tensors)  # or what a file's own class covers up is used
     names = [str(name) for name in tensors]
-    prefix = re.match(r"((module|_orig_mod)\.)*", os.path.commonprefix(names))[0]  # noqa: RUF071 (as it should)
+    common = os.path.commonprefix(names)  # noqa: RUF071 (of characters: as it should)
+    prefix = re.match(r"((module|_orig_mod)\.)*", common)[0]
     return {name[len(prefix):]: tensor for name, tensor in zip(names, tensors.values(), strict=True)}
 
 
