@@ -148,7 +148,10 @@ class ImageFolder:
     def __getitem__(self, place: slice | Tensor) -> "ImageFolder | Tensor":
         if isinstance(place, slice):
             return self._but(names=self.names[place])
-        pictures = torch.stack(list(self.pool.map(self._read, place.tolist())))
+        places = place.tolist()
+        each = list(dict.fromkeys(places))  # once: two threads would say the same of a damaged one
+        read = dict(zip(each, self.pool.map(self._read, each), strict=True))
+        pictures = torch.stack([read[place] for place in places])
         pictures = pictures.pin_memory() if self.device.type == "cuda" else pictures
         return pictures.to(self.device, non_blocking=self.device.type == "cuda")
 
