@@ -7,7 +7,7 @@ import os
 import posixpath
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +109,11 @@ class ImageFolder:
         rest = self._but(names=[name for name in self.names if name not in names])
         return (rest, self._but(names=there)) if there else (self, None)
 
+    def spelled(self, names: Iterable[str]) -> list[str]:
+        """These names as they stand in the folder, where one there looks the same; else as they are."""
+        there, written = set(self.names), {same_looking(name): name for name in self.names}
+        return [name if name in there else written.get(same_looking(name), name) for name in names]
+
     def with_last(self, names: list[str]) -> "ImageFolder":
         """The same pictures, these last: those to forget.
 
@@ -116,8 +121,7 @@ class ImageFolder:
         cannot be read: no other can stand in for it. Warns of kept pictures that are copies of these; of
         those in files of another size when they are first read.
         """
-        rest, written = dict.fromkeys(self.names), {same_looking(name): name for name in self.names}
-        names = [name if name in rest else written.get(same_looking(name), name) for name in names]
+        rest = dict.fromkeys(self.names)
         for name in names:
             if name in rest:
                 del rest[name]
@@ -130,15 +134,15 @@ class ImageFolder:
             raise UserError(f"--forget {name}: {what}")
         if not rest:
             raise UserError("--forget: names every picture, and leaves none to keep")
-        paths = [self.root / name for name in names]
-        pictures = self.pool.map(read_picture, paths, [self.image_shape] * len(paths))
+        pictures = self.pool.map(lambda name: read_picture(self.root / name, self.image_shape), names)
         folder = self._but(names=[*rest, *names], forgotten={})
         for name, picture in zip(names, pictures, strict=True):
             folder.forgotten.setdefault(digest(picture), []).append(name)
-        sizes = {path.stat().st_size for path in paths}
-        for name in rest if sizes else ():
-            if (self.root / name).stat().st_size in sizes:
-                folder._read(folder.names.index(name))
+        sizes = folder.listing() if names else {}
+        of_names = {sizes[name] for name in names}
+        for place, name in enumerate(rest if names else ()):
+            if sizes[name] in of_names:
+                folder._read(place)
         return folder
 
     def listing(self) -> dict[str, int]:

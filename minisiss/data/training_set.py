@@ -107,7 +107,8 @@ def training_set(
         if root == BUNDLED:
             raise UserError(f"--data-root {BUNDLED}: those are digits; give the folder of your pictures")
         folder = ImageFolder(root, image_shape, skip_unreadable)
-        folder, apart = folder.without(set(before).difference(forget))
+        forget = folder.spelled(forget)
+        folder, apart = folder.without(set(folder.spelled(before)).difference(forget))
         if apart and rank() == 0:
             names = ", ".join(apart.names[:3]) + (f" and {len(apart) - 3} more" if len(apart) > 3 else "")
             print(f"forgotten before, so not among the pictures to keep: {names}", file=sys.stderr)

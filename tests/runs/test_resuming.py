@@ -171,6 +171,14 @@ def test_what_a_model_has_forgotten_stays_forgotten(unlearn, folder, tmp_path, c
     assert status == 0 and "to keep: c.png" in error and "b.png noised to" in said
 
 
+def test_it_does_so_however_its_names_were_spelled(unlearn, folder, tmp_path):
+    assert unlearn("--forget", "./b.png", "--steps", 1, "--out", "first")[0] == 0
+    status, _, error = unlearn("--forget", "c.png", "--steps", 1, "--out", "second", checkpoint="first/model.pt")
+    assert status == 0 and "to keep: b.png" in error
+    status, said, error = unlearn("--forget", "./b.png", "--steps", 1, checkpoint="second/model.pt")  # once more
+    assert status == 0 and "to keep: c.png" in error and "b.png noised to" in said
+
+
 @pytest.mark.parametrize("made_by", [{}, {"settings": 3}, {"settings": {"forget": "x"}}, {"base": 7}, {"settings": {"forget": [3], "method": 0}}])
 def test_a_strangers_checkpoint_may_say_anything_of_how_it_was_made(made_by):
     assert checkpoint.Checkpoint(None, None, made_by, {}).forgotten == []
