@@ -63,7 +63,8 @@ class Method:
         of_rules = {None: (), erasediff_rule: ("erasediff_eta",),
                     subtract: ("grad_ratio", "superfactor", "ceiling")}
         every = Settings.__dataclass_fields__
-        return {*self.settings, *of_rules.get(self.rule, every), *["neighbours"][: self.neighbours]}
+        of_data = ("neighbours",) if self.neighbours else ()
+        return {*self.settings, *of_rules.get(self.rule, every), *of_data}
 
     def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings,
               ceiling: Tensor | None = None, old: Model | None = None) -> Terms:
