@@ -56,6 +56,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A target that another network predicts, without a gradient, for those images that it is asked for."""
+
+    model: Model
+    noisy: Tensor
+    timesteps: Tensor
+
+    def __getitem__(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(self.noisy[images], self.timesteps[images])
+
+
+@dataclass(frozen=True)
 class Term:
     """weight · min(‖target − ε_θ(noisy, t)‖², ceiling) of each image; `per_image` runs the network.
 
@@ -66,7 +79,7 @@ class Term:
     model: Model
     noisy: Tensor
     timesteps: Tensor
-    target: Tensor
+    target: Tensor | Teacher
     weight: Tensor
     ceiling: Tensor | None = None
 
@@ -211,29 +224,20 @@ def retrack(model: Model, batch: Batch, schedule: NoiseSchedule, retrack_weight:
 
 def unseen(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float, unseen_weight: float,
            old: Model) -> Terms:
-    """SISS with an aim (not in the paper): on A the model learns what the `old` model, the one before
-    unlearning, says of pictures alike that it never saw, A's own reflected in a diagonal. With x ~ X∖A:
+    """SISS with an aim (not in the paper): its noisy images and weights, but the targets are what a teacher
+    says, the `old` model, the one before unlearning. On A it is asked for a picture alike that it never saw,
+    A's own with rows and columns exchanged, m^T. With x ~ X∖A:
 
-        keep:    w_x ‖ε_x − ε_θ(m_t, t)‖²
-        forget:  s · k/(n−k) · w_a · p ‖R ε_old(R m_t, t) − ε_θ(m_t, t)‖²,   R one of two reflections, R R = 1
-        p = k q(m_t|a) / (k q(m_t|a) + (n−k) q(m_t|x))
+        keep:    w_x ‖ε_old(m_t, t) − ε_θ(m_t, t)‖²
+        forget:  s · k/(n−k) · w_a ‖ε_old(m_t^T, t)^T − ε_θ(m_t, t)‖²
 
-    p is the probability that m_t comes from A rather than from X∖A, as far as one a and one x say. With much
-    noise it is small: what is no more of A than of the digits stays theirs. E[keep + forget] is L_{X∖A} plus
-    s · k/(n−k) · E[p ‖R ε_old(R m_t, t) − ε_θ(m_t, t)‖²], m_t of A, for every λ and network; it is descended
-    on. s is `unseen_weight`. Needs batch.x from X∖A, and square pictures.
+    E[keep + forget] = E_{X∖A} ‖ε_old(m_t) − ε_θ(m_t)‖² + s · k/(n−k) · E_A ‖ε_old(m_t^T)^T − ε_θ(m_t)‖², for
+    every λ and network, is descended on. s is `unseen_weight`. Needs batch.x from X∖A, and square pictures.
     """
     terms = siss(model, batch, schedule, lam)
-    forget, other = terms.forget, batch.uniform.flatten(1)[:, 0] < 0.5
-    p = forget.weight / (forget.weight + terms.keep.weight)
-    with torch.no_grad():
-        target = reflect(old(reflect(forget.noisy, other), forget.timesteps), other)
-    return replace(terms, forget=replace(forget, target=target, weight=unseen_weight * p * forget.weight))
-
-
-def reflect(images: Tensor, other: Tensor) -> Tensor:
-    """Reflect square images in their diagonal, or in the other one where `other`, [B] bool, says so."""
-    return torch.where(broadcast(other, images), images.flip(-2, -1).mT, images.mT)
+    m, t, weight = terms.keep.noisy, batch.timesteps, unseen_weight * terms.forget.weight
+    keep = replace(terms.keep, target=Teacher(old, m, t))
+    return Terms(keep, replace(terms.forget, target=Teacher(lambda m, t: old(m.mT, t).mT, m, t), weight=weight))
 
 
 def ideal_noise(m: Tensor, points: Tensor, gamma: Tensor, sigma: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Settings:
     erasediff_eta: Annotated[float, 0, None, "η of EraseDiff's rule"] = 0.1
     retrack_weight: Annotated[float, 0, 1, "λ of ReTrack: the weight of its forget term"] = 0.005
     neighbours: Annotated[int, 0, None, "K of ReTrack: kept pictures near one to forget; 0: all"] = 10
-    unseen_weight: Annotated[float, 0, None, "s of unseen: the weight s·k/(n−k) of its forget term"] = 6.0
+    unseen_weight: Annotated[float, 0, None, "s of unseen: the weight s·k/(n−k) of its forget term"] = 3.0
 
 
 def subtract(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:

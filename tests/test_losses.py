@@ -232,33 +232,25 @@ def test_retracks_gradient_is_that_of_the_weighted_errors_to_each_neighbour():
         assert (g - h).abs().max() < 1e-9
 
 
-def test_the_two_reflections_are_in_the_diagonals_and_undo_themselves():
-    images = torch.arange(18.0).reshape(2, 1, 3, 3)
-    other = torch.tensor([False, True])
-    first, second = losses.reflect(images, other)[:, 0].tolist()
-    assert first == [[0, 3, 6], [1, 4, 7], [2, 5, 8]] and second == [[17, 14, 11], [16, 13, 10], [15, 12, 9]]
-    assert torch.equal(losses.reflect(losses.reflect(images, other), other), images)
-
-
-def test_unseen_aims_at_what_the_old_model_says_of_the_reflected_picture_reflected_back():
+def test_unseen_asks_the_old_model_of_x_and_of_a_with_rows_and_columns_exchanged():
     rng = torch.Generator().manual_seed(0)
-    x, a, noise, uniform = torch.randn(4, 6, 1, 3, 3, generator=rng)
-    batch = losses.Batch(x, a, torch.tensor([0, 100, 300, 500, 700, 999]), noise, torch.rand(6, generator=rng), uniform.sigmoid(), 9, 3, "rest")
-    columns = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    old = lambda m, t: m * columns + t[:, None, None, None]  # noqa: E731  (an old model that favours columns)
+    x, a, noise = torch.randn(3, 6, 1, 3, 3, generator=rng)
+    batch = losses.Batch(x, a, torch.tensor([0, 100, 300, 500, 700, 999]), noise, torch.rand(6, generator=rng), noise, 9, 3, "rest")
+    scale, asked = torch.arange(9.0).view(3, 3).requires_grad_(), []
+
+    def old(m, t):  # another factor for each pixel
+        asked.append(len(m))
+        return m * scale + t[:, None, None, None]
+
     ours, theirs = losses.unseen(None, batch, SCHEDULE, 0.3, 25.0, old), losses.siss(None, batch, SCHEDULE, 0.3)
-    for i, other in enumerate(batch.uniform[:, 0, 0, 0] < 0.5):  # it favours rows: from the top, or from the bottom
-        rows = columns.flip(0) if other else columns
-        expected = theirs.forget.noisy[i] * rows[:, None] + batch.timesteps[i]
-        assert torch.allclose(ours.forget.target[i], expected)
-    assert {bool(other) for other in batch.uniform[:, 0, 0, 0] < 0.5} == {True, False}
-    assert not ours.forget.target.requires_grad
-    gamma, sigma = SCHEDULE.gamma[batch.timesteps], SCHEDULE.sigma[batch.timesteps]
-    w_x, w_a = importance_weights(ours.keep.noisy, x, a, gamma, sigma, 0.3)
-    p = 3 * w_a / (3 * w_a + 6 * w_x)
-    assert torch.allclose(ours.forget.weight, 25 * 3 / 6 * w_a * p) and torch.equal(ours.keep.weight, theirs.keep.weight)
-    assert 0 < p[-1] < 1 and p[0] in (0, 1)  # much noise, and little
-    assert ours.keep.noisy is ours.forget.noisy and torch.equal(ours.keep.target, theirs.keep.target)
+    m, some = theirs.keep.noisy, torch.tensor([1, 4])
+    t = batch.timesteps[some, None, None, None]
+    assert torch.equal(ours.keep.target[some], m[some] * scale + t)
+    assert torch.equal(ours.forget.target[some], m[some] * scale.T + t)
+    assert asked == [2, 2]  # only of the images that are asked for
+    assert not ours.keep.target[some].requires_grad and not ours.forget.target[some].requires_grad
+    assert torch.equal(ours.keep.weight, theirs.keep.weight) and torch.allclose(ours.forget.weight, 25 * theirs.forget.weight)
+    assert torch.equal(ours.keep.noisy, m) and ours.keep.noisy is ours.forget.noisy
 
 
 def test_retracks_terms_weigh_l_unlearn_by_lambda_and_the_kept_loss_by_the_rest():

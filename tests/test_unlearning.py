@@ -93,12 +93,13 @@ def test_retrack_descends_on_both_terms():
 def test_unseen_descends_on_both_terms_in_one_pass():
     model, drawn, settings = TwoParameters(), batch(size=40, draw_x="rest"), Settings(unseen_weight=300.0)
     terms = METHODS["unseen"].terms(model, drawn, SCHEDULE, settings, old=lambda m, t: m * torch.arange(4.0))
-    keep, forget, old = model.gradient(terms.keep), model.gradient(terms.forget), [p.item() for p in model.parameters()]
+    everything, before = torch.arange(40), [p.item() for p in model.parameters()]
+    keep, forget = (model.gradient(replace(term, target=term.target[everything])) for term in (terms.keep, terms.forget))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unlearning, "MAX_NORM", 1e9)
         figures = unlearning.step(METHODS["unseen"], terms, torch.optim.SGD(model.parameters(), lr=1.0), settings)
     assert "loss" in figures and "norm_keep" not in figures
-    assert [before - p.item() for before, p in zip(old, model.parameters(), strict=True)] == combine(keep, forget, -1)
+    assert [old - p.item() for old, p in zip(before, model.parameters(), strict=True)] == combine(keep, forget, -1)
 
 
 @pytest.mark.parametrize("superfactor", [None, 5.0], ids=["two passes", "one pass"])
@@ -256,7 +257,7 @@ def test_each_method_has_its_loss_its_rule_and_its_numbers():
         "unseen": ("unseen", None, ("lam", "unseen_weight"), False, True),
     }
     assert vars(Settings()) == dict(
-        lam=0.5, grad_ratio=0.1, superfactor=None, ceiling=0.0, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, unseen_weight=6.0)  # fmt: skip
+        lam=0.5, grad_ratio=0.1, superfactor=None, ceiling=0.0, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, unseen_weight=3.0)  # fmt: skip
 
 
 def test_a_batch_draws_x_from_where_it_is_told_and_a_from_the_forget_set():

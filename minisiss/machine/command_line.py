@@ -176,12 +176,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: None = None, namespace: None = None) -> argparse.Namespace:
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for name in ("preset", "method"):
-            early.add_argument(f"--{name}", nargs="?", default=self.get_default(name))
+        early.add_argument("--preset", nargs="?", default=self.get_default("preset"))
+        early.add_argument("--method", nargs="?")
         chosen = early.parse_known_args()[0]
         preset = PRESETS.get(chosen.preset, {})  # an unknown name is reported by the real parse
-        for part in (*self.preset_parts, f"unlearn {chosen.method}"):
+        for part in self.preset_parts:
             self.set_defaults(**preset.get(part, {}))
+        self.set_defaults(**preset.get(f"unlearn {chosen.method or self.get_default('method')}", {}))
         return self.parse_again()
 
     def parse_again(self) -> argparse.Namespace:

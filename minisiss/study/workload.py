@@ -27,7 +27,7 @@ SLIM = dict(channels=(16, 16, 32, 32, 64, 64), norm_groups=16)  # of celebahq's 
 BATCH_SIZES = {"mnist-tiny": (8, 8), "mnist-small": (64, 64), "mnist": (16, 128), "celebahq": (8, 16)}
 NAIVE, LITERAL, KNOWN = "naive_deletion", "siss literal", "siss, c known"
 DEFAULTS = Settings()
-STEPS = [NAIVE, LITERAL, "siss", KNOWN, "siss_no_is", "erasediff", "neggrad", "retrack"]
+STEPS = [NAIVE, LITERAL, "siss", KNOWN, "siss_no_is", "erasediff", "neggrad", "retrack", "unseen"]
 
 
 class Workload:
@@ -63,7 +63,7 @@ class Workload:
         size = self.batch_size * self.world.size
         near = self.near if method.neighbours else None
         batch = unlearning.draw_batch(self.data, size, self.schedule, generator, neighbours=near)
-        return method.terms(self.predict, batch, self.schedule, settings)
+        return method.terms(self.predict, batch, self.schedule, settings, old=self.predict)
 
     def step(self, name: str, round: int) -> None:
         """All of a step, as in unlearn.py: draw a batch, run the network, combine gradients, run AdamW."""
