@@ -1,18 +1,25 @@
 """Make a trained model forget the T-shirt and keep the digits, or a folder's pictures and keep the others.
 
-    python unlearn.py                             the bundled model, by SISS
-    python unlearn.py --method naive_deletion     or siss_no_is, neggrad, erasediff, retrack, unseen
+    python unlearn.py                             the bundled model, by `unseen`
+    python unlearn.py --method siss               or siss_no_is, naive_deletion, neggrad, erasediff, retrack
     python unlearn.py --preset celebahq --checkpoint ddpm-celebahq-256/ --data-root faces/ --forget 10000.jpg
 """
 
 import copy
 import math
 from argparse import Namespace
-from dataclasses import fields
 from functools import partial
 
-from minisiss.errors import UserError
-from minisiss.machine.command_line import Parser, batch_size, decay, filename, positive, positive_int, run
+from minisiss.machine.command_line import (
+    Parser,
+    batch_size,
+    decay,
+    filename,
+    method_of,
+    positive,
+    positive_int,
+    run,
+)
 
 MAY_CHANGE = {
     "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples",
@@ -32,7 +39,7 @@ def main() -> int:
     from minisiss.runs.loop import Loop, State
 
     # Load the model and the pictures. `model` takes the steps, `average` is the average of its weights.
-    method, settings = chosen(args, unlearning)
+    method, settings = method_of(args, unlearning)
     device = pick_device(args.device)
     world = start(device, args.batch_size)
     base = load_any(args.checkpoint, args.memory_timesteps, device)
@@ -41,9 +48,8 @@ def main() -> int:
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
     predict, predict_average = at(model), at(average)
     data = load_training_set(args, model.config.image_shape, device, world, base.forgotten)
-    optimizer = adamw(model, args.lr)
-    part = math.ceil(args.batch_size / args.accumulate)
-    gradient = partial(gradient_in_parts, micro_batch=part, world=world)
+    optimizer, size = adamw(model, args.lr), args.batch_size
+    gradient = partial(gradient_in_parts, micro_batch=math.ceil(size / args.accumulate), world=world)
 
     report = BeforeAfter(args, data, predict_average, schedule, world)
     near = nearest_kept(data, settings.neighbours) if method.neighbours else None
@@ -57,7 +63,7 @@ def main() -> int:
         report.look(loop)
         for step in loop:
             generator = step_generator(args.seed, step, device)
-            batch = unlearning.draw_batch(data, args.batch_size, schedule, generator, args.draw_x, near)
+            batch = unlearning.draw_batch(data, size, schedule, generator, args.draw_x, near)
             terms = method.terms(predict, batch, schedule, settings, ceiling, old)
             figures = unlearning.step(method, terms, optimizer, settings, gradient_of=gradient)
             unlearning.update_average(average, model, args.ema)
@@ -69,22 +75,6 @@ def main() -> int:
     if not loop.status:
         report.finish(loop)
     return loop.status
-
-
-def chosen(args: Namespace, unlearning) -> tuple:
-    """The method and its numbers. Raises UserError for a method not in the table, and flags it ignores."""
-    method = unlearning.METHODS.get(args.method)
-    if method is None:
-        raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
-    numbers = {field.name: getattr(args, field.name) for field in fields(unlearning.Settings)}
-    given = {name: value for name, value in numbers.items() if value != getattr(unlearning.Settings, name)}
-    ignored = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()
-               if name not in method.reads and value is not None]  # None: of a flag in whose place another is
-    if method.rule is not unlearning.subtract and args.draw_x == "all":
-        ignored.append("--draw-x all")
-    if ignored:
-        raise UserError(f"{ignored[0]}: --method {args.method} has no use for it")
-    return method, unlearning.Settings(**numbers)
 
 
 def parse_arguments() -> Namespace:

@@ -236,8 +236,8 @@ def unseen(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float, unse
     """
     terms = siss(model, batch, schedule, lam)
     m, t, weight = terms.keep.noisy, batch.timesteps, unseen_weight * terms.forget.weight
-    keep = replace(terms.keep, target=Teacher(old, m, t))
-    return Terms(keep, replace(terms.forget, target=Teacher(lambda m, t: old(m.mT, t).mT, m, t), weight=weight))
+    of_x, of_a = Teacher(old, m, t), Teacher(lambda m, t: old(m.mT, t).mT, m, t)
+    return Terms(replace(terms.keep, target=of_x), replace(terms.forget, target=of_a, weight=weight))
 
 
 def ideal_noise(m: Tensor, points: Tensor, gamma: Tensor, sigma: Tensor) -> Tensor:

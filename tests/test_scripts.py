@@ -20,6 +20,7 @@ from PIL import Image
 from minisiss import losses, presets, unlearning
 from minisiss.data import digits, training_set
 from minisiss.data.neighbours import nearest_kept
+from minisiss.machine import command_line
 from minisiss.machine.ranks import gradient_in_parts
 from minisiss.metrics import forgetting
 from minisiss.runs import checkpoint, loop
@@ -124,7 +125,7 @@ def test_every_preset_has_every_method_with_its_numbers_and_else_the_defaults(pr
         said = presets.PRESETS[preset]["unlearn"] | presets.PRESETS[preset].get(f"unlearn {method}", {})
         args = unlearn.parse_arguments()
         numbers = {name: value for name, value in said.items() if name in fields}
-        assert unlearn.chosen(args, unlearning) == (unlearning.METHODS[method], unlearning.Settings(**numbers))
+        assert command_line.method_of(args, unlearning) == (unlearning.METHODS[method], unlearning.Settings(**numbers))
         # What else the method is: x ~ X∖A and the last weights, where the preset does not say otherwise.
         assert (args.draw_x, args.ema) == (said.get("draw_x", "rest"), said.get("ema", 0.0))
 

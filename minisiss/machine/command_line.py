@@ -123,6 +123,22 @@ def read_names(entry: str) -> list[str]:
     return names
 
 
+def method_of(args: argparse.Namespace, unlearning: Any) -> tuple:
+    """The method and its numbers. Raises UserError for a method not in the table, and flags it ignores."""
+    method = unlearning.METHODS.get(args.method)
+    if method is None:
+        raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
+    numbers = {name: getattr(args, name) for name in unlearning.Settings.__dataclass_fields__}
+    given = {name: value for name, value in numbers.items() if value != getattr(unlearning.Settings, name)}
+    ignored = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()
+               if name not in method.reads and value is not None]  # None: of a flag in whose place another is
+    if method.rule is not unlearning.subtract and args.draw_x == "all":
+        ignored.append("--draw-x all")
+    if ignored:
+        raise UserError(f"{ignored[0]}: --method {args.method} has no use for it")
+    return method, unlearning.Settings(**numbers)
+
+
 positive_int = number(int, 1, 10**9)
 batch_size = number(int, 1, 65_536)
 decay = number(float, 0, 1, open_high=True)  # at 1 the average would stay where it is

@@ -38,11 +38,10 @@ for seed in 0 1 2; do
     once unlearn.py "$study/paper-$seed" "${forget[@]}" --checkpoint "$base" "${paper[@]}" --seed "$seed"
     once unlearn.py "$study/ceiling-$seed" "${forget[@]}" --checkpoint "$base" "${ceiling[@]}" --seed "$seed"
 done
-# λ = 0.5 is the preset, and one of these ρ too, whose run stands for both.
-for lam in 0 0.1 0.9 1; do once unlearn.py "$ablation/lam-$lam" "${forget[@]}" --checkpoint "$base" --lam "$lam"; done
-for rho in 0.01 0.05 0.1 0.3 0.5 1; do
-    once unlearn.py "$ablation/rho-$rho" "${forget[@]}" --checkpoint "$base" --grad-ratio "$rho"
-done
+# λ = 0.5 is the preset of SISS, and one of these ρ too, whose run stands for both.
+siss=("${forget[@]}" --checkpoint "$base" --method siss)
+for lam in 0 0.1 0.9 1; do once unlearn.py "$ablation/lam-$lam" "${siss[@]}" --lam "$lam"; done
+for rho in 0.01 0.05 0.1 0.3 0.5 1; do once unlearn.py "$ablation/rho-$rho" "${siss[@]}" --grad-ratio "$rho"; done
 
 # Does it come back? Training goes on, on X∖A (naive deletion) and on X (the kept term alone, with x ~ X).
 for run in retrained siss-0 ceiling-0 siss_no_is-0 naive_deletion-0 retrack-0 unseen-0; do
