@@ -10,16 +10,7 @@ import math
 from argparse import Namespace
 from functools import partial
 
-from minisiss.machine.command_line import (
-    Parser,
-    batch_size,
-    decay,
-    filename,
-    method_of,
-    positive,
-    positive_int,
-    run,
-)
+from minisiss.machine.command_line import Parser, batch_size, decay, filename, positive, positive_int, run
 
 MAY_CHANGE = {
     "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples",
@@ -32,6 +23,7 @@ def main() -> int:
     from minisiss import unlearning
     from minisiss.data.neighbours import nearest_kept
     from minisiss.data.training_set import checksum, load_training_set, step_generator
+    from minisiss.machine.command_line import method_of
     from minisiss.machine.device import adamw, at_precision, pick_device
     from minisiss.machine.ranks import gradient_in_parts, start
     from minisiss.report.unlearned import BeforeAfter
