@@ -13,8 +13,8 @@ PRESETS: dict[str, dict[str, dict]] = {
     "mnist-small": {
         "unet": RECENT | dict(channels=(24, 48, 96), layers_per_block=1, attention_levels=(), norm_groups=8),
         "train": dict(steps=14_000, batch_size=64, lr=1e-3, warmup=500, ema=0.999),
-        # With x ~ X it takes c > 1 to push away from A. At ρ = 1 c falls from some 40 to 2; at ρ = 0.1 it
-        # falls below 1, and the T-shirt stays. (ρ = 1 is outside the paper's guarantee. With x ~ X∖A and
+        # SISS: with x ~ X it takes c > 1 to push away from A. At ρ = 1 c falls from some 40 to 2; at ρ = 0.1
+        # it falls below 1, and the T-shirt stays. (ρ = 1 is outside the paper's guarantee. With x ~ X∖A and
         # ρ = 0.3, which is inside, one seed still remembers.) A low rate, as the noise of the steps is what
         # costs the digits most. How these and the next were chosen, and why no ceiling: study/RESULTS.md.
         "unlearn": dict(method="unseen", steps=150, batch_size=64, lr=2.5e-5, ema=0.9),

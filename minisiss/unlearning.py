@@ -25,7 +25,7 @@ MAX_NORM = 1.0  # of the gradient that is stepped along
 class Settings:
     """The numbers that the methods take. Of each: its type, the least and the most it may be, its meaning."""
 
-    lam: Annotated[float, 0, 1, "λ of the mixture: the share of noisy images made from A (siss)"] = 0.5
+    lam: Annotated[float, 0, 1, "λ of the mixture: share of noisy images from A (siss, unseen)"] = 0.5
     grad_ratio: Annotated[float | None, 0, None, "ρ: norm of what is subtracted over the kept one's"] = 0.1
     superfactor: Annotated[float | None, 0, None, "s: subtract s·k/(n−k)·L_A, not by norms"] = None
     ceiling: Annotated[float, 0, None, "subtract an image up to this error, in units of τ; 0: always"] = 0.0

@@ -129,13 +129,17 @@ def method_of(args: argparse.Namespace, unlearning: Any) -> tuple:
     if method is None:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
     numbers = {name: getattr(args, name) for name in unlearning.Settings.__dataclass_fields__}
-    given = {name: value for name, value in numbers.items() if value != getattr(unlearning.Settings, name)}
-    ignored = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()
-               if name not in method.reads and value is not None]  # None: of a flag in whose place another is
+    typed, ignored = {word.partition("=")[0] for word in sys.argv}, []
+    for name, value in numbers.items():
+        flag, default = f"--{name.replace('_', '-')}", getattr(unlearning.Settings, name)
+        # A value is None where another flag is in its place.
+        if name not in method.reads and value is not None and (value != default or flag in typed):
+            ignored.append(f"{flag} {value}")
     if method.rule is not unlearning.subtract and args.draw_x == "all":
         ignored.append("--draw-x all")
     if ignored:
-        raise UserError(f"{ignored[0]}: --method {args.method} has no use for it")
+        chosen = "" if "--method" in typed else f", the default of --preset {args.preset},"
+        raise UserError(f"{ignored[0]}: --method {args.method}{chosen} has no use for it")
     return method, unlearning.Settings(**numbers)
 
 
