@@ -23,7 +23,7 @@ def test_it_measures_everything_and_writes_it_down(monkeypatch, tmp_path, capsys
     monkeypatch.setattr("sys.argv", ["bench", "--quick", "--device", "cpu", "--out", str(tmp_path / "bench.json")])
     assert bench.main() == 0
     results = json.loads((tmp_path / "bench.json").read_text())["presets"]["mnist-tiny"]
-    assert [row["step"] for row in results["steps"]] == ["naive_deletion", "siss literal", "siss", "siss, c known", "siss_no_is", "erasediff", "neggrad", "retrack"]
+    assert [row["step"] for row in results["steps"]] == ["naive_deletion", "siss literal", "siss", "siss, c known", "siss_no_is", "erasediff", "neggrad", "retrack", "unseen"]
     assert results["steps"][0]["× naive"] == 1 and 0 < results["overlap"] < 1
     assert [row["network"] for row in results["throughput"]] == ["fp32", "bf16"]
     rows = results["steps"] + results["throughput"]
