@@ -196,7 +196,7 @@ def alone(tmp_path_factory):
 def test_two_ranks_make_the_steps_of_one(method, together, alone):
     start = torch.nn.utils.parameters_to_vector(tiny_model().parameters())
     moved = (alone[method] - start).norm()
-    assert moved > 0.1
+    assert moved > 0.01  # unseen begins where its teacher is
     assert torch.equal(together[0][method], together[1][method])
     assert (together[0][method] - alone[method]).norm() < 1e-5 * moved
     for step in range(5):
