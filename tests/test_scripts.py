@@ -117,6 +117,13 @@ def test_a_run_takes_the_steps_that_its_flags_say(method, draw_x, numbers, scrip
         assert all(torch.equal(found[kind, name], value) for name, value in ours.state_dict().items())
 
 
+def test_a_resumed_run_may_restate_a_default_that_its_method_ignores(script, tiny_checkpoint):
+    quick = ("--samples", 0, "--draws", 1, "--memory-timesteps", 500)
+    started = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--method", "siss_no_is", *quick, "--steps", 1, "--out", "a")
+    assert script("unlearn", *started)[0] == 0
+    assert script("unlearn", "--resume", "a", "--steps", 2, "--lam", 0.5)[0] == 0
+
+
 @pytest.mark.parametrize("preset", presets.PRESETS)
 def test_every_preset_has_every_method_with_its_numbers_and_else_the_defaults(preset, monkeypatch):
     unlearn, fields = importlib.import_module("unlearn"), unlearning.Settings.__dataclass_fields__

@@ -129,7 +129,8 @@ def method_of(args: argparse.Namespace, unlearning: Any) -> tuple:
     if method is None:
         raise UserError(f"--method '{args.method}': unknown; choose from {', '.join(unlearning.METHODS)}")
     numbers = {name: getattr(args, name) for name in unlearning.Settings.__dataclass_fields__}
-    typed, ignored = {word.partition("=")[0] for word in sys.argv}, []
+    # A resumed run may restate what it was started with.
+    typed, ignored = {"--method"} if args.resume else {word.partition("=")[0] for word in sys.argv}, []
     for name, value in numbers.items():
         flag, default = f"--{name.replace('_', '-')}", getattr(unlearning.Settings, name)
         # A value is None where another flag is in its place.
