@@ -38,8 +38,8 @@ def test_eta_1_over_all_timesteps_is_the_ddpm_algorithm(clip):
 
 def test_eta_0_is_deterministic_ddim():
     x = noise = torch.randn(SHAPE, generator=generator())
-    times = [39, 26, 13, 0]
-    for t, following in zip(times, [26, 13, 0, None], strict=True):
+    times = [39, 29, 19, 9]
+    for t, following in zip(times, [29, 19, 9, None], strict=True):
         alpha = SCHEDULE.alphas_cumprod[t]
         alpha_next = SCHEDULE.alphas_cumprod[following] if following is not None else torch.tensor(1.0)
         epsilon = model(x, torch.full((3,), t))
@@ -48,6 +48,62 @@ def test_eta_0_is_deterministic_ddim():
     assert torch.allclose(drawn, x, atol=1e-4)
     # Without noise of its own, it does not depend on a generator.
     assert torch.equal(drawn, denoise_from(model, SCHEDULE, noise, 39, steps=4, eta=0.0, clip=False, generator=generator(5)))
+
+
+def test_order_2_is_dpm_solver_2m():
+    # Lu et al. 2022, algorithm 2, as it stands there: α = √ᾱ, σ = √(1−ᾱ), λ = log α/σ, D of the data prediction x̂_0.
+    x = noise = torch.randn(SHAPE, generator=generator()).double()
+    alphas, sigmas = (bar.double().sqrt() for bar in (SCHEDULE.alphas_cumprod, 1 - SCHEDULE.alphas_cumprod))
+    lambdas, times, found = (alphas / sigmas).log(), [39, 31, 23, 15, 7], []
+    for i, t in enumerate(times):
+        x0 = (x - sigmas[t] * model(x, torch.full((3,), t))) / alphas[t]
+        found.append(x0.clamp(-1, 1))
+        if i == len(times) - 1:
+            x = found[-1]
+            break
+        h, direction = lambdas[times[i + 1]] - lambdas[t], found[-1]
+        if i > 0:
+            r = (lambdas[t] - lambdas[times[i - 1]]) / h
+            direction = (1 + 1 / (2 * r)) * found[-1] - 1 / (2 * r) * found[-2]
+        following = times[i + 1]
+        x = sigmas[following] / sigmas[t] * x - alphas[following] * ((-h).exp() - 1) * direction
+    drawn = denoise_from(model, SCHEDULE, noise, 39, steps=5, eta=0.0, order=2)
+    assert torch.allclose(drawn, x, atol=1e-5)
+    assert not torch.allclose(drawn, denoise_from(model, SCHEDULE, noise, 39, steps=5, eta=0.0), atol=1e-3)
+
+
+def test_halving_the_step_halves_the_error_of_order_1_and_quarters_that_of_order_2():
+    # Of Gaussian data N(0, s²) the ODE's solution is known: x/√(γ² s² + σ²) does not change (Song et al. 2021b, eq. 13).
+    # λ = ½ log ᾱ/(1−ᾱ) grows evenly here, from −3 to 5.
+    alphas_cumprod = torch.linspace(5, -3, 640, dtype=torch.float64).mul(2).sigmoid()
+    betas = 1 - alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    schedule, s = NoiseSchedule.from_betas(betas), 0.7
+    variance = schedule.gamma.double() ** 2 * s**2 + schedule.sigma.double() ** 2
+    ideal = lambda x, t: (schedule.sigma / variance)[t].view(-1, 1, 1, 1) * x  # noqa: E731
+    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for order, least, most in ((1, 1.9, 2.0), (2, 3.8, 4.3)):
+        errors = [
+            (denoise_from(ideal, schedule, start, 639, steps=n, eta=0.0, order=order, clip=False) - s / variance[-1].sqrt()).abs()
+            for n in (20, 40, 80)]
+        assert all(least < coarse / fine < most for coarse, fine in zip(errors, errors[1:], strict=False)), (order, errors)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_first_step_and_the_last_of_order_2_are_those_of_ddim(steps):
+    noise = torch.randn(SHAPE, generator=generator())
+    first, second = (denoise_from(model, SCHEDULE, noise, 39, steps=steps, eta=0.0, order=order) for order in (1, 2))
+    assert torch.equal(first, second)
+
+
+def test_over_all_timesteps_the_orders_agree():
+    noise = torch.randn(SHAPE, generator=generator())
+    first, second = (denoise_from(model, SCHEDULE, noise, 39, steps=40, eta=0.0, order=order) for order in (1, 2))
+    assert second.isfinite().all() and 0 < (first - second).abs().max() < 0.1
+
+
+def test_order_2_is_for_the_deterministic_sampler():
+    with pytest.raises(ValueError, match="eta 0.5"):
+        sample(model, SCHEDULE, SHAPE, steps=5, eta=0.5, order=2)
 
 
 def test_the_ideal_denoiser_brings_back_the_one_image_it_knows():
@@ -73,6 +129,6 @@ def test_clipping_keeps_the_pictures_range():
     assert drawn.abs().max() <= 1
 
 
-@pytest.mark.parametrize("first, steps, expected", [(9, 4, [9, 6, 3, 0]), (3, 50, [3, 2, 1, 0]), (0, 5, [0]), (7, 1, [7])])
-def test_timesteps_run_from_the_first_to_zero(first, steps, expected):
+@pytest.mark.parametrize("first, steps, expected", [(9, 5, [9, 7, 5, 3, 1]), (11, 3, [11, 7, 3]), (3, 50, [3, 2, 1, 0]), (0, 5, [0]), (7, 1, [7])])
+def test_timesteps_run_from_the_first_towards_the_clean_image(first, steps, expected):
     assert timestep_sequence(first, steps) == expected

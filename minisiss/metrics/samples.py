@@ -15,7 +15,8 @@ def draw_samples(model: Model, schedule: NoiseSchedule, count: int, image_shape:
                  title: str = "sampling") -> Tensor:
     """Draw `count` images in batches, each from noise that is a function of the seed and the batch's place.
 
-    The ranks take turns at the batches, and all get all of them, in order. Returns [count, C, H, W] uint8.
+    eta = 0 is the sampler of order 2 here, see `denoise_from`. The ranks take turns at the batches, and all
+    get all of them, in order. Returns [count, C, H, W] uint8.
     """
     device = schedule.gamma.device
     drawn = [torch.zeros(0, *image_shape, dtype=torch.uint8)]
@@ -25,8 +26,8 @@ def draw_samples(model: Model, schedule: NoiseSchedule, count: int, image_shape:
             images = torch.zeros(batch_size, *image_shape, device=device)  # of one size on all ranks
             if (size := min(batch_size, count - begin)) > 0:
                 shape, generator = (size, *image_shape), step_generator(seed, begin // batch_size, device)
-                drawing = sampling.sample(model, schedule, shape, steps=steps, eta=eta, generator=generator)
-                images[:size] = drawing
+                how = {"steps": steps, "eta": eta, "order": 1 if eta else 2}
+                images[:size] = sampling.sample(model, schedule, shape, generator=generator, **how)
             drawn.append(to_uint8(world.gather(images)[: count - first]).cpu())
             bar.update(len(drawn[-1]))
     return torch.cat(drawn)

@@ -197,7 +197,8 @@ def kept_samples(run: Run, model: Model, schedule: NoiseSchedule, count: int,
     The file's name is a digest of all that the samples depend on, the content of the checkpoint included.
     """
     device = schedule.gamma.device
-    made_by = json.dumps([run.digest, count, *image_shape, steps, eta, seed, precision, device.type])
+    sampler = "trailing" if eta else "2M"  # samples of an earlier version are drawn again
+    made_by = json.dumps([run.digest, count, *image_shape, steps, eta, sampler, seed, precision, device.type])
     path = run.directory and run.directory / f"samples-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.pt"
     try:
         samples = read_tensors(path)
