@@ -126,8 +126,12 @@ class Difference:
     def per_image(self, images: Tensor) -> Tensor:
         """The difference of the losses of the images at these indices: [number of indices]."""
         prediction = self.keep.model(self.keep.noisy[images], self.keep.timesteps[images])
-        keep, forget = (term.weighted_error(prediction, images) for term in (self.keep, self.forget))
-        return keep - self.c * forget
+        loss = torch.zeros_like(self.keep.weight[images])
+        for term, factor in ((self.keep, 1.0), (self.forget, -self.c)):
+            counts = term.counts[images].nonzero()[:, 0]  # a teacher is asked for no others
+            error = factor * term.weighted_error(prediction[counts], images[counts])
+            loss = loss.index_add(0, counts, error.to(loss.dtype))
+        return loss
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,28 @@ def test_one_pass_for_both_terms_takes_the_images_that_count_in_either(gradient)
     assert sizes == [3] and value.item() == pytest.approx(2.6 / 4 * 0.25) and g.item() == pytest.approx(2.6 / 4)
 
 
+@pytest.mark.parametrize("micro_batch, asked_of", [(None, [2, 1]), (1, [1, 0, 1, 0, 0, 1])])
+def test_one_pass_asks_a_teacher_for_the_images_that_count_in_its_term(micro_batch, asked_of):
+    asked = []
+    config = UNetConfig(image_size=4, channels=(8, 16), norm_groups=4, layers_per_block=1)
+    model, old = randomise(UNet(config)), randomise(UNet(config), seed=1)
+
+    def teacher(noisy, timesteps):
+        asked.append(len(noisy))
+        return old(noisy, timesteps)
+
+    noisy, timesteps = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([9, 99, 500, 900])
+    target = losses.Teacher(teacher, noisy, timesteps)
+    keep, forget = (Term(model, noisy, timesteps, target, torch.tensor(w)) for w in ([2.0, 1, 0, 0], [0.0, 0, 3, 0]))
+    parameters = list(model.parameters())
+    value, ours = gradient_in_parts(losses.Difference(keep, forget, -1.0), parameters, micro_batch=micro_batch)
+    assert asked == asked_of
+    literal = (torch.tensor([2.0, 1, 3, 0]) * (old(noisy, timesteps).detach() - model(noisy, timesteps)).square().flatten(1).mean(dim=1)).mean()
+    assert value.item() == pytest.approx(literal.item(), rel=1e-5)
+    for a, b in zip(ours, torch.autograd.grad(literal, parameters), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("gradient", [unlearning.gradient, gradient_in_parts])
 def test_a_term_in_which_no_image_counts_has_no_gradient_and_no_pass(gradient):
     weight = torch.nn.Parameter(torch.tensor(0.5))
