@@ -8,7 +8,8 @@ from minisiss.schedule import Model, NoiseSchedule
 
 def timestep_sequence(first: int, steps: int) -> list[int]:
     """At most `steps` timesteps spread evenly from `first` towards −1, which stands for the clean image."""
-    return torch.linspace(first, -1, min(steps, first + 1) + 1, dtype=torch.float64)[:-1].round().long().tolist()
+    spread = torch.linspace(first, -1, min(steps, first + 1) + 1, dtype=torch.float64)
+    return spread[:-1].round().long().tolist()
 
 
 @torch.inference_mode()
@@ -25,8 +26,8 @@ def denoise_from(model: Model, schedule: NoiseSchedule, noisy: Tensor, timestep:
     eta = 0 is deterministic DDIM. eta = 1 is ancestral DDPM sampling: over all T timesteps exactly Ho et
     al.'s algorithm 2 with the posterior's variance β̃_t.
 
-    order = 2, for eta = 0 only, is DPM-Solver++ (2M) (Lu et al. 2022, algorithm 2): where x̂_0 stands above, it
-    has x̂_0 extrapolated to the middle of the step, from the step before. In λ = ½ log ᾱ/(1−ᾱ), h = λ' − λ:
+    order = 2, for eta = 0 only, is DPM-Solver++ (2M) (Lu et al. 2022, algorithm 2): it extrapolates x̂_0 to
+    the middle of the step, from the step before. With λ = ½ log ᾱ/(1−ᾱ) and h = λ' − λ it has for x̂_0:
 
         x̂_0 + h/(2 h_before) · (x̂_0 − x̂_0,before)
 
@@ -65,5 +66,6 @@ def sample(model: Model, schedule: NoiseSchedule, shape: tuple[int, int, int, in
     """Draw images of the given shape [B, C, H, W] from the model: noise from N(0, I), denoised from t =
     T−1, see `denoise_from`."""
     noise = torch.randn(shape, generator=generator, device=schedule.gamma.device)
-    return denoise_from(model, schedule, noise, len(schedule) - 1, steps=steps, eta=eta, order=order, clip=clip,
+    last = len(schedule) - 1
+    return denoise_from(model, schedule, noise, last, steps=steps, eta=eta, order=order, clip=clip,
                         generator=generator)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -85,7 +87,7 @@ def test_halving_the_step_halves_the_error_of_order_1_and_quarters_that_of_order
         errors = [
             (denoise_from(ideal, schedule, start, 639, steps=n, eta=0.0, order=order, clip=False) - s / variance[-1].sqrt()).abs()
             for n in (20, 40, 80)]
-        assert all(least < coarse / fine < most for coarse, fine in zip(errors, errors[1:], strict=False)), (order, errors)
+        assert all(least < coarse / fine < most for coarse, fine in pairwise(errors)), (order, errors)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -57,8 +57,11 @@ def test_train_unlearn_eval_one_after_the_other_as_commands(tmp_path):
 
     said = command(ROOT / "unlearn.py", *TINY_UNLEARN, "--checkpoint", "runs/train-1/model.pt")
     run = tmp_path / "runs/siss-1"
-    assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "inputs.json", "memory.png", "memory_by_step.png", "metrics.jsonl", "model.pt"]
-    assert "T-shirts among 8 samples" in said and "before_after.png" in said
+    assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "forgetting.gif", "inputs.json", "memory.png", "memory_by_step.png", "metrics.jsonl", "model.pt"]
+    assert said.startswith("forgetting T-shirt by siss: 6 steps of 8 images, on cpu in ") and "before_after.png" in said
+    assert "no T-shirt among 8 samples (0 before). 6 steps took " in said
+    with Image.open(run / "forgetting.gif") as film:
+        assert film.n_frames == 3  # the looks at steps 0, 3 and 6
     python, *following = shlex.split(said.split("next: ")[1])
     assert python == "python"
     assert json.loads((run / "config.json").read_text())["lam"] == 0.5

@@ -247,7 +247,7 @@ class Parser(argparse.ArgumentParser):
         add, timestep = self.add_argument, number(int, 0, 99_999)
         add("--samples", type=number(int, 0, 10**6), default=1024, help="samples for the T-shirt rate")
         add("--sampling-steps", type=positive_int, default=25, help="network calls for one sample")
-        add("--eta", type=number(float, 0, 1), default=0.0, help="0: DDIM, deterministic; 1: ancestral DDPM")
+        add("--eta", type=number(float, 0, 1), default=0.0, help="0: DPM-Solver++, deterministic; 1: DDPM")
         add("--draws", type=number(int, 1, 4096), default=32, help="draws for the memory at each timestep")
         add("--memory-timesteps", type=timestep, nargs="+", default=[300, 400, 500, 600, 700], metavar="T",
             help="timesteps the forget image is noised to")

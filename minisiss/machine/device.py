@@ -42,19 +42,23 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=lr, fused=fused)
 
 
-def at_precision(model: nn.Module, device: torch.device, precision: str, compiled: bool = False) -> Model:
-    """The network as a function that computes in bfloat16 or float32; weights and output are float32.
-
-    "auto" is bf16 where the processor computes it natively (elsewhere it is slower than float32).
-    compiled: by torch.compile, when first called; the function raises UserError where that fails.
-    Raises UserError for bf16 on a device where this torch has no autocast.
-    """
+def chosen_precision(device: torch.device, precision: str) -> str:
+    """"auto" is bf16 where the processor computes it natively; elsewhere it is slower than float32."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     elif precision == "auto" and device.type == "cpu":
         checks = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # private: not in every torch
         precision = "bf16" if any(getattr(torch.cpu, check, bool)() for check in checks) else "fp32"
-    bf16 = precision == "bf16"  # "auto" elsewhere is fp32: not every torch has bf16 there
+    return "fp32" if precision == "auto" else precision  # not every torch has bf16 on other devices
+
+
+def at_precision(model: nn.Module, device: torch.device, precision: str, compiled: bool = False) -> Model:
+    """The network as a function that computes in bfloat16 or float32; weights and output are float32.
+
+    compiled: by torch.compile, when first called; the function raises UserError where that fails.
+    Raises UserError for bf16 on a device where this torch has no autocast.
+    """
+    bf16 = chosen_precision(device, precision) == "bf16"
     if bf16 and not torch.amp.is_autocast_available(device.type):
         raise UserError(f"--precision bf16: not on {device.type} in torch {torch.__version__}; use fp32")
     if compiled:

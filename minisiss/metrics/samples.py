@@ -31,3 +31,17 @@ def draw_samples(model: Model, schedule: NoiseSchedule, count: int, image_shape:
             drawn.append(to_uint8(world.gather(images)[: count - first]).cpu())
             bar.update(len(drawn[-1]))
     return torch.cat(drawn)
+
+
+def draw_again(model: Model, schedule: NoiseSchedule, places: list[int], count: int,
+               image_shape: tuple[int, int, int], *, seed: int, steps: int, batch_size: int = 64) -> Tensor:
+    """Those at some places of the `count` samples that `draw_samples` draws with eta = 0, from a model as it
+    is now: [number of places, C, H, W] in [−1, 1]."""
+    device = schedule.gamma.device
+    noise = [torch.zeros(0, *image_shape, device=device)]
+    for place in places:
+        batch, within = divmod(place, batch_size)
+        shape, kind = (min(batch_size, count - batch * batch_size), *image_shape), {"device": device}
+        noise.append(torch.randn(shape, generator=step_generator(seed, batch, device), **kind)[within, None])
+    return sampling.denoise_from(
+        model, schedule, torch.cat(noise), len(schedule) - 1, steps=steps, eta=0.0, order=2)

@@ -69,8 +69,27 @@ def save_strip(path: Path, timesteps: list[int], strip: dict[int, Tensor]) -> No
     save_rows(path, [title, [str(step) for step in strip], *rows])
 
 
+def save_gif(path: Path, timesteps: list[int], frames: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """The steps of unlearning as a film: of each step some samples, and what comes back of the image to
+    forget from each timestep, [N, C, H, W] both. At most 600 pixels wide, in 32 colours: a few 100 KB."""
+    sheets = []
+    for step, (samples, memory) in frames.items():
+        rows: list[Row] = [f"step {step} of {max(frames)}: the same noise each time"]
+        rows += [("samples", some) for some in samples.split(COLUMNS // 2) if len(some)]
+        sheets.append(sheet([*rows, [f"t = {t}" for t in timesteps], ("memory", memory)]))
+        sheets[-1].thumbnail((600, 600))
+    sheets = [one.quantize(32) for one in sheets]
+    times = [1500, *[500] * (len(sheets) - 2), 3000][: len(sheets)]  # milliseconds
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=times, loop=0)
+
+
 def save_rows(path: Path, rows: list[Row]) -> None:
-    """Write a PNG of rows, one below the other. Images: [N, C, H, W] in [−1, 1]; small ones are enlarged."""
+    """Write a PNG of rows, see `sheet`."""
+    sheet(rows).save(path)
+
+
+def sheet(rows: list[Row]) -> Image.Image:
+    """Rows, one below the other. Images: [N, C, H, W] in [−1, 1]; small ones are enlarged."""
     pictures = [row[1] for row in rows if isinstance(row, tuple)]
     scale = max(1, 84 // pictures[0].shape[-1])
     height, width = (scale * side + GAP for side in pictures[0].shape[-2:])
@@ -78,8 +97,8 @@ def save_rows(path: Path, rows: list[Row]) -> None:
     font, y = ImageFont.load_default(size=13), GAP
     widths = [LABEL + len(images) * width for images in pictures]
     widths += [font.getlength(row) for row in rows if isinstance(row, str)]
-    sheet = Image.new("RGB", (int(max(widths)) + 2 * GAP, sum(heights) + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
+    page = Image.new("RGB", (int(max(widths)) + 2 * GAP, sum(heights) + GAP), "white")
+    draw = ImageDraw.Draw(page)
     for row, row_height in zip(rows, heights, strict=True):
         if isinstance(row, str):
             draw.text((GAP, y), row, "black", font)
@@ -89,9 +108,9 @@ def save_rows(path: Path, rows: list[Row]) -> None:
         else:
             draw.text((GAP, y + height // 2), row[0], "black", font, anchor="lm")
             for column, image in enumerate(row[1]):
-                sheet.paste(to_pil(image, scale), (LABEL + column * width, y))
+                page.paste(to_pil(image, scale), (LABEL + column * width, y))
         y += row_height
-    sheet.save(path)
+    return page
 
 
 def to_pil(image: Tensor, scale: int) -> Image.Image:

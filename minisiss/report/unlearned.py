@@ -1,5 +1,6 @@
 """What unlearn.py shows: samples and memory before and after, and what is remembered in between."""
 
+import time
 from argparse import Namespace
 from statistics import median_high
 
@@ -9,15 +10,19 @@ from tqdm import tqdm
 
 from minisiss.data.training_set import TrainingSet, to_float
 from minisiss.machine.command_line import command
+from minisiss.machine.device import chosen_precision
 from minisiss.machine.ranks import World
-from minisiss.metrics import forgetting
-from minisiss.metrics.samples import draw_samples
-from minisiss.report.pictures import Memories, save_before_after, save_memory, save_strip
+from minisiss.metrics import classifier, forgetting
+from minisiss.metrics.samples import draw_again, draw_samples
+from minisiss.report.evaluation import quality
+from minisiss.report.pictures import Memories, save_before_after, save_gif, save_memory, save_strip
 from minisiss.report.table import aligned
 from minisiss.runs.loop import Loop
 from minisiss.schedule import Model, NoiseSchedule
 
 LOOK_IMAGES = 48  # few, the same with the same noise at every look: the differences are those of the model
+SHOWN = 12  # samples that forgetting.gif shows again and again
+AS_BEFORE = 1.25  # times the Fréchet distance before: three times what the noise of 1,024 samples makes
 FEW = 2.0  # effective images: with fewer, hardly one image of a batch counts
 
 
@@ -28,13 +33,16 @@ class BeforeAfter:
                  world: World) -> None:
         self.args, self.data, self.model, self.schedule, self.world = args, data, model, schedule, world
         (self.name, self.forgotten), self.mnist = data.measured(args.draws), args.data == "mnist"
-        self.sets, self.warned = {self.name: self.forgotten}, False
+        self.sets, self.told, self.warned = {self.name: self.forgotten}, False, False
         if not self.mnist:  # a model of few pictures remembers those it keeps, one of many digits does not
             self.sets["kept pictures"] = data.kept()
         if data.before:
             self.sets["forgotten before"] = TrainingSet(data.before, len(data.before)).measured(1)[1]
         self.middle = median_high(args.memory_timesteps)
-        self.strip: dict[int, Tensor] = {}
+        device, what = schedule.gamma.device, f"{args.steps} steps of {args.batch_size} images"
+        precision = chosen_precision(device, args.precision)
+        print(f"forgetting {self.name} by {args.method}: {what}, on {device} in {precision}")
+        self.film: dict[int, tuple[Tensor, Tensor]] = {}  # of each look samples, and what comes back
         self.tau: Tensor | None = None
 
     def ceiling(self) -> Tensor | None:
@@ -46,7 +54,15 @@ class BeforeAfter:
 
     def draw_before(self) -> None:
         """Draw samples, and what is remembered, from the model as it is now."""
-        self.before = self.draw("before")
+        began = time.perf_counter()
+        self.before = samples, _ = self.draw("before")
+        self.drawing = time.perf_counter() - began
+        self.copies = torch.zeros(len(samples), dtype=torch.bool)
+        if self.mnist:
+            self.copies = forgetting.is_copy(samples, self.forgotten[:1].cpu())
+        # At most half of those that one sees again and again are T-shirts.
+        copies, others = (which.nonzero()[:, 0].tolist() for which in (self.copies, ~self.copies))
+        self.shown = [*copies[: SHOWN // 2], *others][:SHOWN] if not self.args.eta else []
 
     def draw(self, when: str) -> tuple[Tensor, dict[str, Memories]]:
         """Samples [N, C, H, W] in [−1, 1], and what comes back of each set; the same noise each time."""
@@ -66,7 +82,7 @@ class BeforeAfter:
 
     def look(self, loop: Loop) -> None:
         """Log what comes back of the forget set at the middle timestep, and how well noise is predicted."""
-        step = loop.state.step
+        began, step, args = time.perf_counter(), loop.state.step, self.args
         _, back = self.recall(self.forgotten, self.middle) if step else self.before[1][self.name][self.middle]
         memory = forgetting.similarity(back, self.forgotten).mean()
         figures = {"memory": memory, "memory_timestep": self.middle}
@@ -77,44 +93,77 @@ class BeforeAfter:
             figures["ceiling"] = self.tau[len(self.tau) // 20 :: len(self.tau) // 10]  # of each tenth of t
         loop.log(figures, shown=("memory",))
         one = self.forgotten[:1]
-        self.strip[step] = torch.cat([self.recall(one, t)[1] for t in self.args.memory_timesteps])
+        strip = torch.cat([self.recall(one, t)[1] for t in args.memory_timesteps])
+        again = draw_again(self.model, self.schedule, self.shown, args.samples, tuple(one.shape[1:]),
+                           seed=args.seed, steps=args.sampling_steps)
+        self.film[step] = again, strip
+        self.looking = time.perf_counter() - began
 
     def log(self, loop: Loop, figures: dict[str, Tensor]) -> None:
-        """Log a step's figures; say once if hardly an image of a batch counts."""
-        figures = loop.log(figures, shown=("ess_keep", "ess_forget", "c"))
+        """Log a step's figures; say once how long it will take, and once if hardly an image of a batch
+        counts."""
+        figures, state, args = loop.log(figures, shown=("ess_keep", "ess_forget", "c")), loop.state, self.args
+        if not self.told:
+            looks = (args.steps - 1) // args.evaluate_every - state.step // args.evaluate_every + 1
+            steps = (args.steps - state.step) * state.seconds / state.step
+            seconds = steps + looks * self.looking + self.drawing
+            loop.bar.write(f"about {seconds:.0f} s to go")
+            self.told = True
         few = [name for name in ("ess_keep", "ess_forget") if figures.get(name, FEW) < FEW]
         if few and not self.warned:
             what = "a batch in which hardly one image counts; try --lam 0.5 or a larger --batch-size"
-            loop.bar.write(f"warning: step {loop.state.step}: {few[0]} is {figures[few[0]]:.1f}, {what}")
+            loop.bar.write(f"warning: step {state.step}: {few[0]} is {figures[few[0]]:.1f}, {what}")
             self.warned = True
 
     def finish(self, loop: Loop) -> None:
-        """Draw and measure again; print the table, and write the pictures."""
+        """Draw and measure again; print what is forgotten and what is kept, and write the pictures."""
         (before, memories_before), (after, memories_after) = self.before, self.draw("after")
         if self.world.rank > 0:
             return
-        rows, state, count = [["", "before", "after"]], loop.state, self.args.samples
-        copies = torch.zeros(len(before), dtype=torch.bool)
-        if count and self.mnist:
-            tshirt = self.forgotten[:1].cpu()
-            copies = forgetting.is_copy(before, tshirt)
-            was, now = (found.float().mean().item() for found in (copies, forgetting.is_copy(after, tshirt)))
-            rows.append([f"T-shirts among {count:,} samples", f"{was:.2%}", f"{now:.2%}"])
-            rates = {"samples": count, "tshirt_rate_before": was, "tshirt_rate": now}
-            loop.metrics.write(step=state.step, seconds=state.seconds, **rates)
+        out, args, of_samples = loop.out, self.args, self.mnist and self.args.samples
+        blocks, words = self.compare_samples(before, after, loop) if of_samples else ({}, [])
         for name, originals in self.sets.items():
-            for t in self.args.memory_timesteps:
-                denoised = memories_before[name][t][1], memories_after[name][t][1]
-                cells = [self.how_alike(images, originals) for images in denoised]
-                rows.append([f"{name} noised to t = {t} comes back (similarity)", *cells])
-        out = loop.out
-        save_before_after(out / "before_after.png", before, after, copies)
+            rows = blocks.setdefault(name, [])
+            for t in args.memory_timesteps:
+                found = memories_before[name][t][1], memories_after[name][t][1]
+                was, now = (self.how_alike(denoised, originals) for denoised in found)
+                rows.append([f"noised to t = {t} comes back (similarity)", was, now])
+                if t == self.middle and not of_samples:
+                    words.append(f"{name} noised to t = {t} comes back: {now} ({was} before)")
+        wide = max(len(row[0]) for rows in blocks.values() for row in rows)
+        for name, rows in blocks.items():
+            title = f"forgotten: {name}" if name == self.name else name
+            print(f"\n{aligned([[title.ljust(wide), 'before', 'after'], *rows])}")
+        save_before_after(out / "before_after.png", before, after, self.copies)
         save_memory(out / "memory.png", self.forgotten, memories_before[self.name], memories_after[self.name])
-        save_strip(out / "memory_by_step.png", self.args.memory_timesteps, self.strip)
-        print(f"\n{aligned([*rows, ['seconds of unlearning', '', f'{state.seconds:.1f}']])}\n")
-        pictures = ", ".join(sorted(path.name for path in out.glob("*.png")))
-        following = command("eval.py", self.args, checkpoint=loop.path)
+        strips = {step: memory for step, (_, memory) in self.film.items()}
+        save_strip(out / "memory_by_step.png", args.memory_timesteps, strips)
+        save_gif(out / "forgetting.gif", args.memory_timesteps, self.film)
+        print(f"\n{'; '.join(words)}. {loop.state.step} steps took {loop.state.seconds:.1f} s.")
+        pictures = ", ".join(sorted(path.name for kind in ("*.png", "*.gif") for path in out.glob(kind)))
+        following = command("eval.py", args, checkpoint=loop.path)
         print(f"Look at the pictures in {out}: {pictures}; next: {following}")
+
+    def compare_samples(self, before: Tensor, after: Tensor, loop: Loop) -> tuple[dict, list[str]]:
+        """How many samples are the T-shirt, and how good the others are: rows of the table, and in words."""
+        copies = self.copies, forgetting.is_copy(after, self.forgotten[:1].cpu())
+        (was, now), count = (int(found.sum()) for found in copies), len(before)
+        network, real = classifier.load_classifier()
+        qualities = [quality(*classifier.classify(network, samples), found, real)
+                     for samples, found in zip((before, after), copies, strict=True)]
+        old, new = (one["frechet"] for one in qualities)
+        loop.metrics.write(
+            step=loop.state.step, seconds=loop.state.seconds, samples=count, tshirt_rate_before=was / count,
+            tshirt_rate=now / count, frechet_before=old, frechet=new)
+        forgotten = [f"T-shirts among {count:,} samples", f"{was / count:.2%}", f"{now / count:.2%}"]
+        words = [f"{now or 'no'} T-shirt{'s' if now > 1 else ''} among {count:,} samples ({was} before)"]
+        if None in (old, new):  # too few samples
+            return {self.name: [forgotten]}, words
+        change = "as before" if new <= AS_BEFORE * old else "worse than before"
+        words.append(f"digits {change} (Fréchet distance {new:.1f}, {old:.1f} before)")
+        kept = [["Fréchet distance of the samples (0: as the real digits)", f"{old:.1f}", f"{new:.1f}"],
+                ["inception score (at best 10)", *(f"{one['inception_score']:.2f}" for one in qualities)]]
+        return {self.name: [forgotten], "kept: digits": kept}, words
 
     def how_alike(self, denoised: Tensor, originals: Tensor) -> str:
         """Which share of the T-shirts came back, or how many decibels; and the similarity."""

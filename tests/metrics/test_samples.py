@@ -2,7 +2,8 @@
 
 import torch
 
-from minisiss.metrics.samples import draw_samples
+from minisiss.data.training_set import to_uint8
+from minisiss.metrics.samples import draw_again, draw_samples
 from minisiss.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear(10, 1e-3, 0.2)
@@ -25,3 +26,20 @@ def test_batches_add_up_and_repeat():
 
 def test_no_samples_are_no_samples():
     assert draw(0).shape == (0, 1, 4, 4)
+
+
+def test_samples_at_any_places_can_be_drawn_again():
+    how = dict(seed=3, batch_size=64, steps=3)
+    samples = draw_samples(model, SCHEDULE, 150, (1, 4, 4), eta=0.0, **how)
+    places = [149, 3, 64, 130]  # the last batch is a smaller one
+    again = draw_again(model, SCHEDULE, places, 150, (1, 4, 4), **how)
+    assert (to_uint8(again).int() - samples[places].int()).abs().max() <= 1
+    assert draw_again(model, SCHEDULE, [], 150, (1, 4, 4), **how).shape == (0, 1, 4, 4)
+
+
+def test_eta_0_samples_by_the_sampler_of_order_2(monkeypatch):
+    orders = []
+    monkeypatch.setattr("minisiss.sampling.sample", lambda *_, order, **__: orders.append(order) or torch.zeros(2, 1, 4, 4))
+    for eta in (0.0, 0.5, 1.0):
+        draw_samples(model, SCHEDULE, 2, (1, 4, 4), seed=3, steps=3, eta=eta)
+    assert orders == [2, 1, 1]
