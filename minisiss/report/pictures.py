@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -14,6 +15,7 @@ from minisiss.data.training_set import to_uint8
 from minisiss.schedule import Model, NoiseSchedule
 
 GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for the word beside a row, for a line of text
+SIDE = 84  # pixels to which small images are enlarged
 COLUMNS = 12  # of samples before and after
 
 Row = str | list[str] | tuple[str, Tensor]  # a line of text, a heading a column, or a label and its images
@@ -71,14 +73,17 @@ def save_strip(path: Path, timesteps: list[int], strip: dict[int, Tensor]) -> No
 
 def save_gif(path: Path, timesteps: list[int], frames: dict[int, tuple[Tensor, Tensor]]) -> None:
     """The steps of unlearning as a film: of each step some samples, and what comes back of the image to
-    forget from each timestep, [N, C, H, W] both. At most 600 pixels wide, in 32 colours: a few 100 KB."""
+    forget from each timestep, [N, C, H, W] both. Small, and in 32 colours: a few 100 KB."""
     sheets = []
     for step, (samples, memory) in frames.items():
         rows: list[Row] = [f"step {step} of {max(frames)}: the same noise each time"]
+        images = torch.cat([samples, memory])
+        if images.shape[-1] > SIDE:
+            images = F.interpolate(images, SIDE, mode="area")
+        samples, memory = images.split([len(samples), len(memory)])
         rows += [("samples", some) for some in samples.split(COLUMNS // 2) if len(some)]
-        sheets.append(sheet([*rows, [f"t = {t}" for t in timesteps], ("memory", memory)]))
-        sheets[-1].thumbnail((600, 600))
-    sheets = [one.quantize(32) for one in sheets]
+        rows += [[f"t = {t}" for t in timesteps], ("memory", memory)]
+        sheets.append(sheet(rows).quantize(32))
     times = [1500, *[500] * (len(sheets) - 2), 3000][: len(sheets)]  # milliseconds
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=times, loop=0)
 
@@ -91,7 +96,7 @@ def save_rows(path: Path, rows: list[Row]) -> None:
 def sheet(rows: list[Row]) -> Image.Image:
     """Rows, one below the other. Images: [N, C, H, W] in [−1, 1]; small ones are enlarged."""
     pictures = [row[1] for row in rows if isinstance(row, tuple)]
-    scale = max(1, 84 // pictures[0].shape[-1])
+    scale = max(1, SIDE // pictures[0].shape[-1])
     height, width = (scale * side + GAP for side in pictures[0].shape[-2:])
     heights = [height if isinstance(row, tuple) else TEXT for row in rows]
     font, y = ImageFont.load_default(size=13), GAP
