@@ -103,3 +103,13 @@ def test_a_set_of_pictures_has_no_t_shirts(capsys):
     pictures = TrainingSet(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), 1, "a.png")
     made = BeforeAfter(Namespace(**vars(ARGS) | {"data": "pictures"}), pictures, lambda x, t: x, NoiseSchedule.linear(), ALONE)
     assert list(made.sets) == ["a.png", "kept pictures"] and capsys.readouterr().out.startswith("forgetting a.png by siss")
+
+
+def test_how_long_it_takes_is_said_once(report, loop):
+    said = []
+    loop.log, loop.bar = lambda figures, shown: figures, SimpleNamespace(write=said.append)
+    report.args = Namespace(**vars(ARGS) | {"evaluate_every": 10})
+    report.looking, report.drawing, loop.state.step, loop.state.seconds = 2.0, 30.0, 10, 15.0
+    for _ in range(2):  # 50 steps of 1.5 s, five looks of 2 s, and the samples afterwards
+        report.log(loop, {})
+    assert said == ["about 115 s to go"]
