@@ -1,5 +1,6 @@
 """What unlearn.py shows: samples and memory before and after, and what is remembered in between."""
 
+import math
 import time
 from argparse import Namespace
 from statistics import median_high
@@ -22,7 +23,7 @@ from minisiss.schedule import Model, NoiseSchedule
 
 LOOK_IMAGES = 48  # few, the same with the same noise at every look: the differences are those of the model
 SHOWN = 12  # samples that forgetting.gif shows again and again
-AS_BEFORE = 1.25  # times the Fréchet distance before: three times what the noise of 1,024 samples makes
+CHANGES = {1.1: "as before", 1.5: "a little worse", math.inf: "much worse"}  # times the distance before
 FEW = 2.0  # effective images: with fewer, hardly one image of a batch counts
 
 
@@ -159,7 +160,7 @@ class BeforeAfter:
         words = [f"{now or 'no'} T-shirt{'s' if now > 1 else ''} among {count:,} samples ({was} before)"]
         if None in (old, new):  # too few samples
             return {self.name: [forgotten]}, words
-        change = "as before" if new <= AS_BEFORE * old else "worse than before"
+        change = next(words for times, words in CHANGES.items() if new <= times * old)
         words.append(f"digits {change} (Fréchet distance {new:.1f}, {old:.1f} before)")
         kept = [["Fréchet distance of the samples (0: as the real digits)", f"{old:.1f}", f"{new:.1f}"],
                 ["inception score (at best 10)", *(f"{one['inception_score']:.2f}" for one in qualities)]]

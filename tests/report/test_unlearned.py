@@ -60,7 +60,7 @@ def test_digits_that_are_gone_and_t_shirts_that_came_are_said(report, loop):
     after = torch.rand(100, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
     after[7] = to_float(bundled_tshirt())[0]
     _, words = report.compare_samples(some_digits(0), after, loop)
-    assert words[0] == "1 T-shirt among 100 samples (0 before)" and words[1].startswith("digits worse than before (")
+    assert words[0] == "1 T-shirt among 100 samples (0 before)" and words[1].startswith("digits much worse (")
 
 
 def test_of_few_samples_only_t_shirts_are_counted(report, loop):
