@@ -26,6 +26,13 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unlearn retrack": dict(steps=50, batch_size=128, lr=5e-5, ema=0.0),  # as published
         "unlearn unseen": dict(steps=60, lr=1e-4),  # no noise in its targets: few steps at a high rate
     },
+    # The same network with prompts, a third of them memorised: see data/prompts.py. From the bundled weights.
+    "prompts": {
+        "data": dict(data="prompts"),
+        "unet": RECENT | dict(
+            channels=(24, 48, 96), layers_per_block=1, attention_levels=(), norm_groups=8, vocabulary=94),
+        "train": dict(init="bundled", steps=4000, batch_size=64, lr=1e-3, warmup=100, ema=0.999),
+    },
     # The paper's MNIST model, for a GPU.
     "mnist": {
         "unet": RECENT | dict(channels=(64, 128, 256), head_channels=8),

@@ -227,8 +227,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_data(self, root: str) -> None:
         add = self.add_argument
-        add("--data", choices=["mnist", "pictures"], default="mnist",
-            help="mnist: digits and a T-shirt; pictures: a folder of them")
+        add("--data", choices=["mnist", "prompts", "pictures"], default="mnist",
+            help="mnist: digits and a T-shirt; prompts: digits with captions; pictures: a folder of them")
         add("--data-root", type=filename, default=root,
             help="pictures: the folder (.jpg, .png, .webp); mnist: MNIST and FashionMNIST in torchvision's "
                  "layout, downloaded if missing, or 'bundled': the 10,000 digits that come along")

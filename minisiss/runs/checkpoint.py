@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minisiss.data.digits import ASSETS, BUNDLED
+from minisiss.data.prompts import WORDS, tokens
 from minisiss.errors import UserError
 from minisiss.runs.files import (
     MOST_TIMESTEPS,
@@ -35,6 +36,7 @@ class Checkpoint:
     schedule: NoiseSchedule
     made_by: dict[str, Any]  # what made it: script, settings, steps, seconds
     training: dict[str, Any]  # what --resume needs; empty in a checkpoint that is not to be continued
+    memorised: dict[str, Tensor] = field(default_factory=dict)  # by prompts, [C, H, W] uint8 each
 
     @property
     def forgotten(self) -> list[str]:
@@ -51,11 +53,13 @@ class Checkpoint:
 
 def save(
         path: Path | str, model: UNet, schedule: NoiseSchedule, made_by: dict[str, Any],
-        ema: dict[str, Tensor] | None = None, training: dict[str, Any] | None = None) -> None:
+        ema: dict[str, Tensor] | None = None, training: dict[str, Any] | None = None,
+        memorised: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint, atomically: whatever happens, `path` is the old file or the new one."""
     state = {
         "format": FORMAT, "config": asdict(model.config), "weights": model.state_dict(), "ema": ema,
-        "schedule": vars(schedule), "made_by": made_by, "training": training or {}}
+        "schedule": vars(schedule), "made_by": made_by, "training": training or {},
+        "memorised": memorised or {}}
     write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
@@ -83,7 +87,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         if any(count > 100_000 for count, _ in enumerate(json.JSONEncoder().iterencode(state["made_by"]))):
             raise ValueError("its made_by is too long")
         training = state["training"] and {**state["training"], "weights": weights, "ema": ema}
-        return Checkpoint(model, schedule, state["made_by"], training)
+        memorised = checked_pictures(state.get("memorised", {}), model.config)
+        return Checkpoint(model, schedule, state["made_by"], training, memorised)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: the checkpoint does not fit together: {reason}") from error
@@ -103,6 +108,18 @@ def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
         if not same or not torch.allclose(value, expected[name], rtol=1e-3, atol=0):
             raise ValueError(f"its schedule's {name} do not follow from its betas")
     return NoiseSchedule(**{name: value.clone() for name, value in values.items()})  # no views of the file
+
+
+def checked_pictures(memorised: Any, config: UNetConfig) -> dict[str, Tensor]:
+    """The pictures in a file by their prompts. Raises ValueError for what is none of the network's."""
+    if not isinstance(memorised, dict) or (memorised and config.vocabulary != len(WORDS)):
+        raise ValueError(f"its vocabulary has {config.vocabulary} words; expected {len(WORDS)}")
+    for prompt, image in memorised.items():
+        picture = isinstance(image, Tensor) and image.shape == config.image_shape
+        if not picture or image.dtype != torch.uint8 or not isinstance(prompt, str):
+            raise ValueError("its memorised should be pictures by prompts")
+        tokens(prompt)
+    return {prompt: image.clone() for prompt, image in memorised.items()}  # no views of the file
 
 
 def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
@@ -161,6 +178,8 @@ def untrained(args: Namespace) -> UNet:
         config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
     except ValueError as error:
         raise UserError(error) from error
+    if config.vocabulary != (words := len(WORDS) if args.data == "prompts" else 0):
+        raise UserError(f"--vocabulary {config.vocabulary}: --data {args.data} has {words} words")
     with torch.device("meta"):  # counts without taking memory
         count = sum(parameter.numel() for parameter in UNet(config).parameters())
     if count > MOST_PARAMETERS:
@@ -169,4 +188,9 @@ def untrained(args: Namespace) -> UNet:
     torch.manual_seed(args.seed)
     model = UNet(config)
     model.checkpoint_activations = args.checkpoint_activations
+    if args.init is not None:
+        begun = load_any(args.init, [0], torch.device("cpu")).model
+        if begun.config not in (config, replace(config, vocabulary=0)):
+            raise UserError(f"--init {args.init}: its network is another one, by more than a new vocabulary")
+        model.load_state_dict(model.state_dict() | begun.state_dict())
     return model

@@ -31,8 +31,8 @@ def new_directory(out: str | None, name: str) -> Path:
 def write_config(directory: Path, args: Namespace) -> None:
     """Write config.json, the settings that --resume goes on with, from wherever it is called."""
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    for name in {"checkpoint", "data_root"} & settings.keys():
-        if settings[name] != BUNDLED:
+    for name in {"checkpoint", "data_root", "init"} & settings.keys():
+        if settings[name] not in (BUNDLED, None):
             settings[name] = os.path.abspath(settings[name])
     write_json(directory / "config.json", settings)
 
