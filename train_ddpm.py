@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from minisiss.machine.command_line import (
+    NONE,
     Parser,
     batch_size,
     command,
@@ -99,8 +100,8 @@ def parse_arguments() -> Namespace:
     parser.add_data("data")
     add = parser.add_argument
     add("--exclude-forget", action="store_true", help="train without the forget set: the gold standard")
-    add("--init", type=filename, metavar="CHECKPOINT",
-        help="begin with these weights: a model.pt, or 'bundled'; a vocabulary may be new")
+    add("--init", type=filename, default=NONE,
+        help=f"weights to begin with: a model.pt, 'bundled' or '{NONE}'; a vocabulary may be new")
     add("--steps", type=positive_int, help="optimizer steps")
     add("--batch-size", type=batch_size, help="images a step, of all ranks together")
     add("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")

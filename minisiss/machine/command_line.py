@@ -52,6 +52,7 @@ def complain(error: Exception) -> None:
     print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
+NONE = "none"  # the --init that means weights at random
 # Flags that say what the data is, and what they are where nothing is said.
 OF_DATA = {
     "preset": "mnist-small", "data": "mnist", "data_root": "bundled", "forget": [], "skip_unreadable": False}

@@ -12,6 +12,7 @@ from torch import Tensor
 from minisiss.data.digits import ASSETS, BUNDLED
 from minisiss.data.prompts import WORDS, tokens
 from minisiss.errors import UserError
+from minisiss.machine.command_line import NONE
 from minisiss.runs.files import (
     MOST_TIMESTEPS,
     check_tensors,
@@ -188,7 +189,7 @@ def untrained(args: Namespace) -> UNet:
     torch.manual_seed(args.seed)
     model = UNet(config)
     model.checkpoint_activations = args.checkpoint_activations
-    if args.init is not None:
+    if args.init != NONE:
         begun = load_any(args.init, [0], torch.device("cpu")).model
         if begun.config not in (config, replace(config, vocabulary=0)):
             raise UserError(f"--init {args.init}: its network is another one, by more than a new vocabulary")

@@ -9,7 +9,7 @@ from typing import Any
 
 from minisiss.data.digits import BUNDLED
 from minisiss.errors import UserError
-from minisiss.machine.command_line import read_config
+from minisiss.machine.command_line import NONE, read_config
 from minisiss.runs.files import UNFINISHED, write_atomically
 
 
@@ -32,7 +32,7 @@ def write_config(directory: Path, args: Namespace) -> None:
     """Write config.json, the settings that --resume goes on with, from wherever it is called."""
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     for name in {"checkpoint", "data_root", "init"} & settings.keys():
-        if settings[name] not in (BUNDLED, None):
+        if settings[name] not in (BUNDLED, NONE):
             settings[name] = os.path.abspath(settings[name])
     write_json(directory / "config.json", settings)
 
