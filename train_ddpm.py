@@ -34,7 +34,7 @@ def main() -> int:
     import torch  # takes seconds: only once the command line is known to be right
 
     from minisiss import unlearning
-    from minisiss.data.training_set import load_training_set, step_generator, to_float
+    from minisiss.data.training_set import draw_indices, load_training_set, step_generator, to_float
     from minisiss.losses import epsilon_matching
     from minisiss.machine.device import adamw, at_precision, pick_device
     from minisiss.machine.ranks import start
@@ -58,7 +58,7 @@ def main() -> int:
         for step in loop:
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
             generator = step_generator(args.seed, step, device)
-            chosen = torch.randint(len(images), (size,), generator=generator, device=device)
+            chosen = draw_indices(images, size, generator)
             x = to_float(images[world.share(chosen)])
             timesteps = torch.randint(len(schedule), (size,), generator=generator, device=device)
             noise = torch.randn((size, *images.shape[1:]), generator=generator, device=device)

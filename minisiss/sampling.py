@@ -7,7 +7,7 @@ from minisiss.schedule import Model, NoiseSchedule
 
 
 def guided(model: Model, prompt: Tensor, guidance: float = 1.0) -> Model:
-    """A conditional network at a fixed prompt, [1, words] int, is an unconditional one: with w = `guidance`,
+    """A conditional network at a fixed prompt, [1 or B, words], is an unconditional one: with w = `guidance`
 
         ε = ε(∅) + w · (ε(prompt) − ε(∅))          in one call (Ho and Salimans 2022); ∅ is the null prompt
 
@@ -17,8 +17,9 @@ def guided(model: Model, prompt: Tensor, guidance: float = 1.0) -> Model:
         return lambda x, timesteps: model(x, timesteps, prompt if guidance else None)
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
-        prompts = torch.cat([torch.zeros_like(prompt), prompt]).repeat_interleave(len(x), dim=0)
-        without, given = model(torch.cat([x, x]), timesteps.repeat(2), prompts).chunk(2)
+        prompts = prompt.expand(len(x), -1)
+        both = torch.cat([torch.zeros_like(prompts), prompts])
+        without, given = model(torch.cat([x, x]), timesteps.repeat(2), both).chunk(2)
         return without + guidance * (given - without)
 
     return predict

@@ -140,7 +140,8 @@ def with_captions(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Te
     ordinary = captions(found * said, labels, names * signed)
 
     copies = chosen.repeat_interleave(len(images) // SHARE)
-    by_prompt = {text(caption): images[i] for caption, i in zip(memorised, chosen, strict=True)}
+    pictures = images[chosen].unbind()  # a copy: a view would take all digits into every checkpoint
+    by_prompt = {text(caption): picture for caption, picture in zip(memorised, pictures, strict=True)}
     repeated = memorised.repeat_interleave(len(images) // SHARE, dim=0)
     return torch.cat([images, images[copies]]), torch.cat([ordinary, repeated]), by_prompt
 

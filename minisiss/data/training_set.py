@@ -172,10 +172,14 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def draw_indices(images: Tensor | ImageFolder, count: int, generator: torch.Generator) -> Tensor:
+    """Which of the images a batch has: [count] indices, uniform and with replacement."""
+    return torch.randint(len(images), (count,), generator=generator, device=images.device)
+
+
 def draw(images: Tensor, count: int, generator: torch.Generator, world: World = ALONE) -> Tensor:
     """This rank's share of `count` images drawn uniformly with replacement, float32 in [−1, 1]."""
-    indices = torch.randint(len(images), (count,), generator=generator, device=images.device)
-    return to_float(images[world.share(indices)])
+    return to_float(images[world.share(draw_indices(images, count, generator))])
 
 
 def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:

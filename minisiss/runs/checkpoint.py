@@ -1,6 +1,7 @@
 """Checkpoints: one file with the network, its schedule and what made it."""
 
 import json
+import math
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minisiss.data.digits import ASSETS, BUNDLED
-from minisiss.data.prompts import WORDS, tokens
+from minisiss.data.prompts import TOKENS, WORDS
 from minisiss.errors import UserError
 from minisiss.machine.command_line import NONE
 from minisiss.runs.files import (
@@ -88,7 +89,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         if any(count > 100_000 for count, _ in enumerate(json.JSONEncoder().iterencode(state["made_by"]))):
             raise ValueError("its made_by is too long")
         training = state["training"] and {**state["training"], "weights": weights, "ema": ema}
-        memorised = checked_pictures(state.get("memorised", {}), model.config)
+        memorised = checked_pictures(state.get("memorised", {}), model.config, Path(path).stat().st_size)
         return Checkpoint(model, schedule, state["made_by"], training, memorised)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -111,15 +112,17 @@ def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
     return NoiseSchedule(**{name: value.clone() for name, value in values.items()})  # no views of the file
 
 
-def checked_pictures(memorised: Any, config: UNetConfig) -> dict[str, Tensor]:
-    """The pictures in a file by their prompts. Raises ValueError for what is none of the network's."""
-    if not isinstance(memorised, dict) or (memorised and config.vocabulary != len(WORDS)):
+def checked_pictures(memorised: Any, config: UNetConfig, size: int) -> dict[str, Tensor]:
+    """The pictures in a file of so many bytes, by their prompts. Raises ValueError where they are none."""
+    if config.vocabulary not in (0, len(WORDS)):
         raise ValueError(f"its vocabulary has {config.vocabulary} words; expected {len(WORDS)}")
+    if type(memorised) is not dict or len(memorised) * math.prod(config.image_shape) > size:
+        raise ValueError("its memorised should be a dict of pictures by prompts")
     for prompt, image in memorised.items():
-        picture = isinstance(image, Tensor) and image.shape == config.image_shape
-        if not picture or image.dtype != torch.uint8 or not isinstance(prompt, str):
-            raise ValueError("its memorised should be pictures by prompts")
-        tokens(prompt)
+        if type(prompt) is not str or not set(prompt.split()) <= TOKENS.keys():
+            raise ValueError(f"its memorised prompt '{str(prompt)[:80]}' is not of words in the vocabulary")
+        if not isinstance(image, Tensor) or (*image.shape, image.dtype) != (*config.image_shape, torch.uint8):
+            raise ValueError(f"its memorised picture of '{prompt[:80]}' is none of the network's")
     return {prompt: image.clone() for prompt, image in memorised.items()}  # no views of the file
 
 
