@@ -16,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from minisiss.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets"
+MODELS = {"bundled": "mnist-small.pt", "bundled-prompts": "prompts.pt"}  # in assets/, by their --checkpoint
 BUNDLED = "bundled"  # the --data-root that means the 10,000 digits in assets/
 
 

@@ -6,6 +6,8 @@ order does not matter, and the empty prompt, 0 words, is the null prompt.
 
 import difflib
 from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -51,6 +53,20 @@ def tokens(prompt: str) -> Tensor:
 def text(caption: Tensor) -> str:
     """The words of one caption, [words] int64, where 0 is no word."""
     return " ".join(WORDS[token] for token in caption if token)
+
+
+def modifications(prompt: str) -> Iterator[str]:
+    """Prompts that say something else than this one of the same digit and name: first those with one look
+    exchanged for another of its kind or left out, then those with two, and so on.
+    """
+    words = prompt.split()
+    others = {word: sorted({*look, ""} - {word}, reverse=True) for look in LOOKS for word in look}  # "" last
+    places = [place for place, word in enumerate(words) if word in others]
+    for count in range(1, len(places) + 1):
+        for chosen in combinations(places, count):
+            for exchanged in product(*(others[words[place]] for place in chosen)):
+                changes = dict(zip(chosen, exchanged, strict=True))
+                yield " ".join(filter(None, (changes.get(place, word) for place, word in enumerate(words))))
 
 
 def measures(images: Tensor) -> Tensor:

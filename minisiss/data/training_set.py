@@ -93,6 +93,8 @@ def load_training_set(
 
     Raises UserError as well where a batch is larger than a folder, or A is to be excluded and is empty.
     """
+    if getattr(args, "prompt", None) is not None:
+        raise UserError(f"--prompt '{args.prompt}': --data {args.data} has no prompts; try --preset prompts")
     found = world.rank_0_first(lambda: training_set(
         args.data, args.data_root, args.forget, image_shape, args.skip_unreadable, before, args.seed))
     kept = len(found.keep)

@@ -237,6 +237,12 @@ class Parser(argparse.ArgumentParser):
             help="pictures to forget, by their names in the folder, or text files (.txt) with a name a line")
         add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
 
+    def add_prompt(self) -> None:
+        self.add_argument("--prompt", metavar="WORDS",
+            help="prompts: the one to forget (default: the first that the model memorised)")
+        self.add_argument("--guidance", type=number(float, -100, 100), default=1.0,
+            help="w of samples of a prompt: 1: the conditional model, 0: the unconditional one")
+
     def add_machine(self) -> None:
         add = self.add_argument
         add("--seed", type=seed, default=0)

@@ -24,6 +24,8 @@ FEW = 2.0  # effective images: with fewer, hardly one image of a batch counts
 class BeforeAfter:
     """A model before and after unlearning, and looks at it in between. Raises UserError where A is empty."""
 
+    prompt: Tensor | None = None  # at which the model is looked at
+
     def __init__(self, args: Namespace, data: TrainingSet, model: Model, schedule: NoiseSchedule,
                  world: World) -> None:
         self.args, self.data, self.model, self.schedule, self.world = args, data, model, schedule, world

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisiss.data.digits import ASSETS, BUNDLED
+from minisiss.data.digits import ASSETS, MODELS
 from minisiss.data.prompts import TOKENS, WORDS
 from minisiss.errors import UserError
 from minisiss.machine.command_line import NONE
@@ -162,15 +162,15 @@ def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
 def load_any(path: str, timesteps: list[int], device: torch.device) -> Checkpoint:
     """Read a model for use at these timesteps. Raises UserError where its schedule is shorter.
 
-    path: a checkpoint, the directory of a published model, or "bundled" for the model in assets/.
+    path: a checkpoint, the directory of a published model, or one of `MODELS`, in assets/.
     """
-    if path != BUNDLED and Path(path).is_dir():
+    if path not in MODELS and Path(path).is_dir():
         if (model := Path(path, "model.pt")).is_file() and not is_published(path):
             raise UserError(f"{path}: is the directory of a run; give {model}")
         model, schedule = load_pretrained(path)
         found = Checkpoint(model.to(device), schedule.to(device), made_by={"published": path}, training={})
     else:
-        found = load(ASSETS / "mnist-small.pt" if path == BUNDLED else path, device)
+        found = load(ASSETS / MODELS[path] if path in MODELS else path, device)
     if (most := max(timesteps)) > (last := len(found.schedule) - 1):
         raise UserError(f"--memory-timesteps {most}: the last timestep of {path} is {last}")
     return found
