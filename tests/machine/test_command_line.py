@@ -65,7 +65,7 @@ FLAGS = {
     "--init": (["none", "bundled", "runs/train-1/model.pt"], ["\0"]),
     # of unlearn.py
     "--prompt": (["a thin four by ines"], []),
-    "--guidance": (["0", "1.5", "-100", "100"], ["-101", "101", *NUMBERS]),
+    "--guidance": (["0", "1.5", "100"], ["-1", "101", *NUMBERS]),
     "--method": (["siss", "neggrad"], ["prayer", "SISS", "../siss"]),
     "--lam": (["0", "1"], ["-0.1", "1.5", *NUMBERS]),
     "--grad-ratio": (["0", "1e9"], ["-1", *NUMBERS]),
