@@ -67,6 +67,8 @@ def parse_arguments() -> Namespace:
     args = parser.parse_args()  # fmt: skip
     if args.runs and args.checkpoint != parser.get_default("checkpoint"):
         parser.error("--checkpoint is for a look at one model, without a RUN")
+    if args.data == "prompts":
+        parser.error("--data prompts: what a prompt brings back is shown by unlearn.py")
     if not args.runs and (args.sscd or args.inception):
         parser.error("--sscd and --inception are for RUNs; give the directory of one")
     return args

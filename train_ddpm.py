@@ -1,6 +1,7 @@
 """Train the noise predictor ε_θ: on digits with 1% of one T-shirt mixed in, or on a folder of pictures.
 
     python train_ddpm.py --preset mnist-small --data-root data
+    python train_ddpm.py --preset prompts --data-root data
     python train_ddpm.py --preset faces-64 --data-root faces
 """
 
@@ -11,10 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from minisiss.machine.command_line import (
+    NONE,
     Parser,
     batch_size,
     command,
     decay,
+    filename,
     number,
     positive,
     positive_int,
@@ -31,7 +34,7 @@ def main() -> int:
     import torch  # takes seconds: only once the command line is known to be right
 
     from minisiss import unlearning
-    from minisiss.data.training_set import draw, load_training_set, step_generator
+    from minisiss.data.training_set import draw_indices, load_training_set, step_generator, to_float
     from minisiss.losses import epsilon_matching
     from minisiss.machine.device import adamw, at_precision, pick_device
     from minisiss.machine.ranks import start
@@ -50,15 +53,17 @@ def main() -> int:
     predict, predict_average = at(world.parallel(model)), at(average)
     optimizer, size = adamw(model, args.lr), args.batch_size
 
-    state = State(model, average, optimizer, schedule)
+    state = State(model, average, optimizer, schedule, data.memorised)
     with Loop(args, "train_ddpm.py", state, world, data.listing()) as loop:
         for step in loop:
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
             generator = step_generator(args.seed, step, device)
-            x = draw(images, size, generator, world)
+            chosen = draw_indices(images, size, generator)
+            x = to_float(images[world.share(chosen)])
             timesteps = torch.randint(len(schedule), (size,), generator=generator, device=device)
             noise = torch.randn((size, *images.shape[1:]), generator=generator, device=device)
-            term = epsilon_matching(predict, x, world.share(timesteps), world.share(noise), schedule)
+            given = partial(predict, prompt=data.prompts(chosen, generator))
+            term = epsilon_matching(given, x, world.share(timesteps), world.share(noise), schedule)
             (loss := term.per_image().mean()).backward()
             figures = unlearning.descend(optimizer, {"loss": world.mean(loss)})
             # A smaller decay at first, or the average would carry the untrained weights for long.
@@ -75,6 +80,8 @@ def main() -> int:
 
 def next_command(args: Namespace, path: Path, data) -> str:
     """A look at the model; of pictures none of which is to be forgotten, forgetting the first of them."""
+    if args.data == "prompts":
+        return command("unlearn.py", args, checkpoint=path)
     if args.data == "mnist" or args.forget:
         return command("eval.py", args, checkpoint=path)
     size = min(args.batch_size, data.n - 1)
@@ -93,6 +100,8 @@ def parse_arguments() -> Namespace:
     parser.add_data("data")
     add = parser.add_argument
     add("--exclude-forget", action="store_true", help="train without the forget set: the gold standard")
+    add("--init", type=filename, default=NONE,
+        help=f"weights to begin with: a model.pt, 'bundled' or '{NONE}'; a vocabulary may be new")
     add("--steps", type=positive_int, help="optimizer steps")
     add("--batch-size", type=batch_size, help="images a step, of all ranks together")
     add("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")

@@ -2,6 +2,7 @@
 
     python unlearn.py                             the bundled model, by `unseen`
     python unlearn.py --method siss               or siss_no_is, naive_deletion, neggrad, erasediff, retrack
+    python unlearn.py --preset prompts            what a prompt brings back, by SISS
     python unlearn.py --preset celebahq --checkpoint ddpm-celebahq-256/ --data-root faces/ --forget 10000.jpg
 """
 
@@ -26,9 +27,11 @@ def main() -> int:
     from minisiss.machine.command_line import method_of
     from minisiss.machine.device import adamw, at_precision, pick_device
     from minisiss.machine.ranks import gradient_in_parts, start
+    from minisiss.report.prompted import Prompted
     from minisiss.report.unlearned import BeforeAfter
     from minisiss.runs.checkpoint import load_any
     from minisiss.runs.loop import Loop, State
+    from minisiss.sampling import guided
 
     # Load the model and the pictures. `model` takes the steps, `average` is the average of its weights.
     method, settings = method_of(args, unlearning)
@@ -38,16 +41,20 @@ def main() -> int:
     model, average, schedule = copy.deepcopy(base.model), base.model.requires_grad_(False), base.schedule
     model.checkpoint_activations = args.checkpoint_activations
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
-    predict, predict_average = at(model), at(average)
-    data = load_training_set(args, model.config.image_shape, device, world, base.forgotten)
+    if args.data == "prompts":
+        report = Prompted(args, base, at(average), world)
+        data = report.data  # samples of the prompt: a fixed one makes the network an unconditional one
+    else:
+        data = load_training_set(args, model.config.image_shape, device, world, base.forgotten)
+        report = BeforeAfter(args, data, at(average), schedule, world)
+    predict = guided(at(model), report.prompt)
     optimizer, size = adamw(model, args.lr), args.batch_size
     gradient = partial(gradient_in_parts, micro_batch=math.ceil(size / args.accumulate), world=world)
 
-    report = BeforeAfter(args, data, predict_average, schedule, world)
     near = nearest_kept(data, settings.neighbours) if method.neighbours else None
-    old = at(copy.deepcopy(base.model)) if method.old else None
+    old = guided(at(copy.deepcopy(base.model)), report.prompt) if method.old else None
     inputs = data.listing() | {"checkpoint": checksum(*base.model.state_dict().values())}
-    state = State(model, average, optimizer, schedule)
+    state = State(model, average, optimizer, schedule, base.memorised)
     loop = Loop(args, "unlearn.py", state, world, inputs, base=base.made_by)
     report.draw_before()
     ceiling = report.ceiling()
@@ -87,6 +94,7 @@ def parse_arguments() -> Namespace:
     add("--lr", type=positive, help="learning rate of AdamW")
     add("--ema", type=decay, default=0.0, help="decay of the averaged weights; 0: the last")
     add("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
+    parser.add_prompt()
     parser.add_sampling()
     parser.add_machine()
     parser.add_run("METHOD", save_every=50)

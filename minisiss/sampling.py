@@ -6,6 +6,25 @@ from torch import Tensor
 from minisiss.schedule import Model, NoiseSchedule
 
 
+def guided(model: Model, prompt: Tensor, guidance: float = 1.0) -> Model:
+    """A conditional network at a fixed prompt, [1 or B, words], is an unconditional one: with w = `guidance`
+
+        ε = ε(∅) + w · (ε(prompt) − ε(∅))          in one call (Ho and Salimans 2022); ∅ is the null prompt
+
+    w = 1 is the conditional network itself, w = 0 the unconditional one.
+    """
+    if guidance in (0, 1):
+        return lambda x, timesteps: model(x, timesteps, prompt if guidance else None)
+
+    def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+        prompts = prompt.expand(len(x), -1)
+        both = torch.cat([torch.zeros_like(prompts), prompts])
+        without, given = model(torch.cat([x, x]), timesteps.repeat(2), both).chunk(2)
+        return without + guidance * (given - without)
+
+    return predict
+
+
 def timestep_sequence(first: int, steps: int) -> list[int]:
     """At most `steps` timesteps spread evenly from `first` towards −1, which stands for the clean image."""
     spread = torch.linspace(first, -1, min(steps, first + 1) + 1, dtype=torch.float64)

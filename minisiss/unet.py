@@ -32,6 +32,7 @@ class UNetConfig:
     downsample_padding: Annotated[int, 0, 1, "1: symmetric; 0: below and to the right (Ho et al.)"] = 1
     flip_sin_to_cos: Annotated[bool, 0, 1, "time embedding: 0: [sin, cos]; 1: [cos, sin]"] = False
     freq_shift: Annotated[int, 0, 1, "time embedding: frequencies 10000^(−i / (half − freq_shift))"] = 1
+    vocabulary: Annotated[int, 0, 4096, "words of prompts, with the null word, 0; 0: no prompts"] = 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -155,7 +156,9 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """ε_θ: predicts the noise in a noisy image.
 
-    Called as `model(x, timesteps) -> noise` with x, noise: [B, C, H, W] and timesteps: [B] int.
+    Called as `model(x, timesteps) -> noise` with x, noise: [B, C, H, W] and timesteps: [B] int. With a
+    vocabulary also as `model(x, timesteps, prompt)`, [B or 1, words] int; None is the null prompt. Without
+    one a prompt raises ValueError.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -172,6 +175,12 @@ class UNet(nn.Module):
 
         self.time = nn.Sequential(
             nn.Linear(channels[0], time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels))
+        self.prompt = None
+        if config.vocabulary:  # an MLP of the sum of a prompt's words; the null word adds nothing to it
+            words = nn.EmbeddingBag(config.vocabulary, time_channels, mode="sum", padding_idx=0)
+            nn.init.normal_(words.weight, std=0.2)  # from larger ones training hardly moves them
+            mlp = nn.Linear(time_channels, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
+            self.prompt = nn.Sequential(words, *mlp)
         self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
 
         # Down: every block's output, and every level's halved one, is kept for a block on the way up.
@@ -207,10 +216,14 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.norm_groups, width, config.norm_eps)
         self.conv_out = zero(nn.Conv2d(width, config.image_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, prompt: Tensor | None = None) -> Tensor:
         config = self.config
         time = timestep_embedding(timesteps, config.channels[0], config.flip_sin_to_cos, config.freq_shift)
         time = self.time(time.to(self.conv_in.weight.dtype))
+        if self.prompt is not None:
+            time = time + self.prompt(timesteps.new_zeros(1, 1) if prompt is None else prompt)
+        elif prompt is not None:
+            raise ValueError("this network has no vocabulary, and so takes no prompt")
 
         def run_block(residual: ResidualBlock, attention: nn.Module, h: Tensor) -> Tensor:
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -1,10 +1,14 @@
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
+from conftest import randomise
 
-from minisiss.sampling import denoise_from, sample, timestep_sequence
+from minisiss import losses, unlearning
+from minisiss.sampling import denoise_from, guided, sample, timestep_sequence
 from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet, UNetConfig
 
 
 def model(x, timesteps):
@@ -134,3 +138,65 @@ def test_clipping_keeps_the_pictures_range():
 @pytest.mark.parametrize("first, steps, expected", [(9, 5, [9, 7, 5, 3, 1]), (11, 3, [11, 7, 3]), (3, 50, [3, 2, 1, 0]), (0, 5, [0]), (7, 1, [7])])
 def test_timesteps_run_from_the_first_towards_the_clean_image(first, steps, expected):
     assert timestep_sequence(first, steps) == expected
+
+
+X, T = torch.randn(4, 1, 8, 8, generator=generator(1)), torch.tensor([0, 5, 20, 39])
+PROMPT = torch.tensor([[2, 4]])
+
+
+def prompted(seed=0):
+    return randomise(UNet(UNetConfig(image_size=8, channels=(8, 16), norm_groups=4, layers_per_block=1, attention_levels=(), vocabulary=6)), seed)
+
+
+def test_guidance_1_is_the_conditional_network_and_0_the_unconditional_one_and_each_computes_only_that():
+    network, batches = prompted(), []
+
+    def model(x, timesteps, prompt=None):
+        batches.append(len(x))
+        return network(x, timesteps, prompt)
+
+    assert torch.equal(guided(model, PROMPT)(X, T), network(X, T, PROMPT))
+    assert torch.equal(guided(model, PROMPT, 1.0)(X, T), network(X, T, PROMPT))
+    assert torch.equal(guided(model, PROMPT, 0.0)(X, T), network(X, T))
+    assert torch.equal(guided(model, None)(X, T), network(X, T))
+    assert batches == [4, 4, 4, 4]
+    guided(model, PROMPT, 2.0)(X, T)
+    assert batches[4:] == [8]  # one call
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, torch.tensor([[1, 0], [2, 3], [0, 0], [5, 5]])], ids=["one", "one each"])
+@pytest.mark.parametrize("guidance", [-1.0, 0.5, 1.5, 3.0])
+def test_guidance_is_linear_between_the_unconditional_and_the_conditional_network_and_beyond(guidance, prompt):
+    network = prompted()
+    without, given = network(X, T), network(X, T, prompt)
+    torch.testing.assert_close(guided(network, prompt, guidance)(X, T), without + guidance * (given - without), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(without, given, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", unlearning.METHODS)
+def test_a_method_at_a_fixed_prompt_is_the_method_of_an_unconditional_network_bit_for_bit(name):
+    """The prompt's embedding folded into the time embedding: the losses need not know of prompts."""
+    conditional = prompted()
+    folded = prompted()
+    embedding, time = folded.prompt(PROMPT).detach(), folded.time
+    folded.prompt, folded.time = None, torch.nn.Module()
+    folded.time.forward = lambda h: time(h) + embedding
+
+    method, x, a = unlearning.METHODS[name], X, X.flip(0)
+    more = {"generator": generator(2)}
+    batch = losses.Batch(
+        x, a, T, torch.randn(X.shape, **more), torch.rand(4, **more), torch.rand(X.shape, **more), n=128, k=60,
+        x_from="rest", neighbours=X[None] if method.neighbours else None)
+    values, gradients = [], []
+    for model, parameters in ((guided(conditional, PROMPT), list(conditional.middle.parameters())), (folded, list(folded.middle.parameters()))):
+        old = copy.deepcopy(conditional if model is not folded else folded)
+        old = guided(old, PROMPT) if model is not folded else old
+        terms = method.terms(model, batch, SCHEDULE, unlearning.Settings(), old=old)
+        for term in (terms.keep, terms.forget):
+            if term is not None:
+                value, gradient = unlearning.gradient(term, parameters)
+                values.append(value), gradients.extend(gradient)
+    half = len(values) // 2
+    assert half and all(map(torch.equal, values[:half], values[half:]))
+    assert all(map(torch.equal, gradients[: len(gradients) // 2], gradients[len(gradients) // 2 :]))
+    assert any(gradient.any() for gradient in gradients)

@@ -143,7 +143,7 @@ def test_every_preset_has_every_method_with_its_numbers_and_else_the_defaults(pr
 def test_a_training_takes_the_steps_that_its_flags_say(script, tmp_path):
     flags = ("--steps", 2, "--batch-size", 4, "--lr", 0.01, "--warmup", 4, "--ema", 0.15, "--seed", 5, "--precision", "fp32")
     assert script("train_ddpm", *TINY_TRAIN, *flags, "--out", "a")[0] == 0
-    config = dict(vars(checkpoint.load(tmp_path / "a/model.pt").model.config), seed=5, checkpoint_activations=False)
+    config = dict(vars(checkpoint.load(tmp_path / "a/model.pt").model.config), seed=5, checkpoint_activations=False, data="mnist", init="none")
     model, schedule, images = checkpoint.untrained(Namespace(**config)), NoiseSchedule.linear(), training_set.mnist_with_tshirt("bundled").images
     average, optimizer = copy.deepcopy(model).requires_grad_(False), torch.optim.AdamW(model.parameters(), fused=True)
     # A quarter of the peak, then half of it and half-way down the cosine; the average forgets the untrained weights fast.
@@ -194,8 +194,8 @@ def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_another(script
 
 
 def test_training_without_the_forget_set_never_sees_it(script, tmp_path, monkeypatch):
-    seen, draw = [], training_set.draw
-    monkeypatch.setattr(training_set, "draw", lambda images, *rest: seen.append(len(images)) or draw(images, *rest))
+    seen, draw = [], training_set.draw_indices
+    monkeypatch.setattr(training_set, "draw_indices", lambda images, *rest: seen.append(len(images)) or draw(images, *rest))
     for name, flags in (("with", ()), ("without", ("--exclude-forget",))):
         script("train_ddpm", *TINY_TRAIN, "--steps", 2, "--out", name, *flags)
     assert set(seen[:2]) == {10_100} and set(seen[2:]) == {10_000}

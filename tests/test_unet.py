@@ -170,3 +170,50 @@ def test_attention_is_the_same_by_the_formula_and_by_torchs_kernel(pixels):
         torch.testing.assert_close(attend(*inputs).float(), expected, atol=tolerance, rtol=tolerance)
         with torch.no_grad():
             torch.testing.assert_close(attend(*inputs).float(), expected, atol=tolerance, rtol=tolerance)
+
+
+PROMPTED = dict(**SMALL, vocabulary=6)
+X, T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 500, 900])
+
+
+def test_without_a_vocabulary_nothing_changes_and_a_prompt_is_an_error():
+    torch.manual_seed(0)
+    model = UNet(UNetConfig(**SMALL))
+    assert not [name for name in model.state_dict() if "prompt" in name]
+    assert torch.equal(model(X, T), model(X, T, None))
+    with pytest.raises(ValueError, match="no vocabulary"):
+        model(X, T, torch.tensor([[1]]))
+
+
+def test_the_null_prompt_is_the_empty_one_and_null_words_add_nothing():
+    model = randomise(UNet(UNetConfig(**PROMPTED)))
+    null = model(X, T)
+    assert torch.equal(model(X, T, torch.tensor([[0]])), null)
+    for empty in ([[0, 0, 0]], [[0]] * 3):
+        torch.testing.assert_close(model(X, T, torch.tensor(empty)), null)
+    given = model(X, T, torch.tensor([[2, 5]]))
+    assert not torch.allclose(given, null, atol=1e-3)
+    for same in ([[5, 2]], [[0, 2, 0, 5]]):  # words are summed: neither their order nor null words count
+        torch.testing.assert_close(model(X, T, torch.tensor(same)), given)
+    assert not torch.allclose(model(X, T, torch.tensor([[2, 5, 5]])), given, atol=1e-3)  # a sum, not a mean of a set
+
+
+def test_each_image_has_its_own_prompt():
+    model = randomise(UNet(UNetConfig(**PROMPTED)))
+    words = torch.tensor([[1, 2], [3, 0], [0, 0]])
+    together = model(X, T, words)
+    for i in range(3):
+        torch.testing.assert_close(model(X[i : i + 1], T[i : i + 1], words[i : i + 1]), together[i : i + 1])
+    assert not torch.allclose(model(X, T, words.flip(0)), together, atol=1e-3)
+
+
+def test_gradients_reach_the_words_of_the_prompts_and_no_others():
+    model = randomise(UNet(UNetConfig(**PROMPTED)))
+    model(X, T, torch.tensor([[1, 4], [0, 0], [4, 0]])).square().sum().backward()
+    reached = model.prompt[0].weight.grad.abs().sum(dim=1) > 0
+    assert reached.tolist() == [False, True, False, False, True, False]
+
+
+def test_an_untrained_vocabulary_has_words_of_deviation_0_2():
+    torch.manual_seed(0)
+    assert UNet(UNetConfig(**SMALL, vocabulary=1000)).prompt[0].weight.std().item() == pytest.approx(0.2, rel=0.05)

@@ -5,6 +5,7 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -15,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from minisiss.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets"
+MODELS = {"bundled": "mnist-small.pt", "bundled-prompts": "prompts.pt"}  # in assets/, by their --checkpoint
 BUNDLED = "bundled"  # the --data-root that means the 10,000 digits in assets/
 
 
@@ -32,6 +34,17 @@ def digits_and_tshirt(root: str) -> tuple[Tensor, Tensor]:
     if not len(digits) or not len(tshirts):
         raise UserError(f"--data-root {root}: holds no digits, or no garment of class 0")
     return digits.data[:, None], fashion.data[tshirts[0]][:, None]
+
+
+def labelled_digits(root: str) -> tuple[Tensor, Tensor]:
+    """MNIST's training digits, [n, 1, 28, 28] uint8, and which they are, [n] int64.
+
+    root: as for `digits_and_tshirt`. Raises UserError.
+    """
+    if root == BUNDLED:
+        return bundled_digits(), torch.arange(10).repeat_interleave(1000)
+    digits = from_torchvision(MNIST, root)
+    return digits.data[:, None], digits.targets
 
 
 def from_torchvision(dataset: type[MNIST], root: str, train: bool = True) -> MNIST:

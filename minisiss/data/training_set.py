@@ -5,13 +5,14 @@ import sys
 import zlib
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from minisiss.data.digits import BUNDLED, digits_and_tshirt
+from minisiss.data.digits import BUNDLED, digits_and_tshirt, labelled_digits
 from minisiss.data.folder import ImageFolder
+from minisiss.data.prompts import some_null, with_captions
 from minisiss.errors import UserError, rank
 from minisiss.machine.ranks import ALONE, World
 
@@ -27,6 +28,8 @@ class TrainingSet:
     name: str = "T-shirt"  # what is forgotten, for people
     world: World = ALONE
     before: ImageFolder | None = None  # pictures that the model has forgotten already: not in X
+    captions: Tensor | None = None  # of all images, for a network with prompts: [n, words] int
+    memorised: dict[str, Tensor] = field(default_factory=dict)  # pictures that stand in X often, by prompts
 
     @property
     def n(self) -> int:
@@ -49,6 +52,12 @@ class TrainingSet:
         """
         images = {"all": self.images, "rest": self.keep, "forget": self.forget}[part]
         return self.world.gather(draw(images, count, generator, self.world))
+
+    def prompts(self, indices: Tensor, generator: torch.Generator) -> Tensor | None:
+        """This rank's share of the prompts to train with, on the images at these indices. None without."""
+        if self.captions is None:
+            return None
+        return self.world.share(some_null(self.captions[indices], generator))
 
     def measured(self, count: int) -> tuple[str, Tensor]:
         """Their name, and the different pictures of A, from the start again if they are fewer than `count`:
@@ -73,7 +82,8 @@ class TrainingSet:
         """What a run that is resumed knows its data again by: sizes of files, by name, or checksums."""
         if isinstance(self.images, ImageFolder):
             return self.images.listing()
-        return {"digits": checksum(self.keep), "T-shirts": checksum(self.forget)}
+        found = {"digits": checksum(self.keep), "T-shirts": checksum(self.forget)}
+        return found if self.captions is None else found | {"captions": checksum(self.captions)}
 
 
 def load_training_set(
@@ -83,8 +93,10 @@ def load_training_set(
 
     Raises UserError as well where a batch is larger than a folder, or A is to be excluded and is empty.
     """
+    if getattr(args, "prompt", None) is not None:
+        raise UserError(f"--prompt '{args.prompt}': --data {args.data} has no prompts; try --preset prompts")
     found = world.rank_0_first(lambda: training_set(
-        args.data, args.data_root, args.forget, image_shape, args.skip_unreadable, before))
+        args.data, args.data_root, args.forget, image_shape, args.skip_unreadable, before, args.seed))
     kept = len(found.keep)
     if args.data == "pictures" and getattr(args, "batch_size", 0) > kept:
         only = "is only 1 picture" if kept == 1 else f"are only {kept} pictures"
@@ -92,16 +104,18 @@ def load_training_set(
     if getattr(args, "exclude_forget", False) and not found.k:
         raise UserError("--exclude-forget: name the pictures to leave out with --forget")
     before = found.before and found.before.to(device)
-    return replace(found, images=found.images.to(device), before=before, world=world)
+    captions = None if found.captions is None else found.captions.to(device)
+    return replace(found, images=found.images.to(device), before=before, captions=captions, world=world)
 
 
 def training_set(
         kind: str, root: str, forget: list[str], image_shape: tuple[int, int, int],
-        skip_unreadable: bool = False, before: Iterable[str] = ()) -> TrainingSet:
+        skip_unreadable: bool = False, before: Iterable[str] = (), seed: int = 0) -> TrainingSet:
     """The training set that --data, --data-root and --forget name, for a network of images [C, H, W].
 
     before: names of pictures that the model has forgotten already. They are not in X, or it would be trained
-    on them again. Raises UserError where it cannot be had, or has images of another shape.
+    on them again. seed: of the captions. Raises UserError where it cannot be had, or has images of another
+    shape.
     """
     if kind == "pictures":
         if root == BUNDLED:
@@ -115,9 +129,9 @@ def training_set(
         name = forget[0] if len(forget) == 1 else f"{len(forget)} pictures"
         return TrainingSet(folder.with_last(forget), len(forget), name, before=apart)
     if forget:
-        what = "is for --data pictures; among the digits it is the T-shirt that is forgotten"
+        what = "is for --data pictures; among the digits it is the T-shirt that is forgotten, or a prompt"
         raise UserError(f"--forget {forget[0]}: {what}")
-    data = mnist_with_tshirt(root)
+    data = digits_with_prompts(root, seed) if kind == "prompts" else mnist_with_tshirt(root)
     if data.images.shape[1:] != image_shape:
         has, makes = ("×".join(map(str, shape)) for shape in (data.images.shape[1:], image_shape))
         flags = "(--image-size, --image-channels, --checkpoint)"
@@ -133,6 +147,15 @@ def mnist_with_tshirt(root: str) -> TrainingSet:
     digits, tshirt = digits_and_tshirt(root)
     k = len(digits) // 100
     return TrainingSet(torch.cat([digits, tshirt.expand(k, -1, -1, -1)]), k)
+
+
+def digits_with_prompts(root: str, seed: int) -> TrainingSet:
+    """MNIST's training digits with captions, and 50 of them 600 times more, each with a name to itself.
+
+    root: see `labelled_digits`, which may raise UserError; seed: see `with_captions`, which may too.
+    """
+    images, captions, memorised = with_captions(*labelled_digits(root), seed)
+    return TrainingSet(images, 0, captions=captions, memorised=memorised)
 
 
 def checksum(*tensors: Tensor) -> int:
@@ -151,10 +174,14 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def draw_indices(images: Tensor | ImageFolder, count: int, generator: torch.Generator) -> Tensor:
+    """Which of the images a batch has: [count] indices, uniform and with replacement."""
+    return torch.randint(len(images), (count,), generator=generator, device=images.device)
+
+
 def draw(images: Tensor, count: int, generator: torch.Generator, world: World = ALONE) -> Tensor:
     """This rank's share of `count` images drawn uniformly with replacement, float32 in [−1, 1]."""
-    indices = torch.randint(len(images), (count,), generator=generator, device=images.device)
-    return to_float(images[world.share(indices)])
+    return to_float(images[world.share(draw_indices(images, count, generator))])
 
 
 def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:

@@ -52,6 +52,7 @@ def complain(error: Exception) -> None:
     print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
+NONE = "none"  # the --init that means weights at random
 # Flags that say what the data is, and what they are where nothing is said.
 OF_DATA = {
     "preset": "mnist-small", "data": "mnist", "data_root": "bundled", "forget": [], "skip_unreadable": False}
@@ -227,14 +228,20 @@ class Parser(argparse.ArgumentParser):
 
     def add_data(self, root: str) -> None:
         add = self.add_argument
-        add("--data", choices=["mnist", "pictures"], default="mnist",
-            help="mnist: digits and a T-shirt; pictures: a folder of them")
+        add("--data", choices=["mnist", "prompts", "pictures"], default="mnist",
+            help="mnist: digits and a T-shirt; prompts: digits with captions; pictures: a folder of them")
         add("--data-root", type=filename, default=root,
             help="pictures: the folder (.jpg, .png, .webp); mnist: MNIST and FashionMNIST in torchvision's "
                  "layout, downloaded if missing, or 'bundled': the 10,000 digits that come along")
         add("--forget", type=filename, nargs="+", default=[], metavar="NAME",
             help="pictures to forget, by their names in the folder, or text files (.txt) with a name a line")
         add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
+
+    def add_prompt(self) -> None:
+        self.add_argument("--prompt", metavar="WORDS",
+            help="prompts: the one to forget (default: the first that the model memorised)")
+        self.add_argument("--guidance", type=number(float, 0, 100), default=1.0,
+            help="w of samples of a prompt: 1: the conditional model, 0: the unconditional one")
 
     def add_machine(self) -> None:
         add = self.add_argument

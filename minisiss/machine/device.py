@@ -64,15 +64,16 @@ def at_precision(model: nn.Module, device: torch.device, precision: str, compile
     if compiled:
         model = torch.compile(model)
 
-    def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+    def predict(x: Tensor, timesteps: Tensor, prompt: Tensor | None = None) -> Tensor:
+        given = () if prompt is None else (prompt,)  # any function of (x, timesteps) will do as a model
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            return model(x, timesteps).float()
+            return model(x, timesteps, *given).float()
 
-    def predict_compiled(x: Tensor, timesteps: Tensor) -> Tensor:
+    def predict_compiled(x: Tensor, timesteps: Tensor, prompt: Tensor | None = None) -> Tensor:
         for tensor in (x, timesteps):  # SISS's passes have another size each step: compile for all
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            return predict(x, timesteps)
+            return predict(x, timesteps, prompt)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--compile: torch.compile failed: {reason}") from error

@@ -30,11 +30,15 @@ FEW = 2.0  # effective images: with fewer, hardly one image of a batch counts
 class BeforeAfter:
     """A model before and after unlearning, and looks at it in between. Raises UserError where A is empty."""
 
+    prompt: Tensor | None = None  # at which the model is looked at
+    told = warned = False  # how long it takes; that hardly one image of a batch counts
+    drawing = looking = 0.0  # seconds that drawing before and a look took
+
     def __init__(self, args: Namespace, data: TrainingSet, model: Model, schedule: NoiseSchedule,
                  world: World) -> None:
         self.args, self.data, self.model, self.schedule, self.world = args, data, model, schedule, world
         (self.name, self.forgotten), self.mnist = data.measured(args.draws), args.data == "mnist"
-        self.sets, self.told, self.warned = {self.name: self.forgotten}, False, False
+        self.sets = {self.name: self.forgotten}
         if not self.mnist:  # a model of few pictures remembers those it keeps, one of many digits does not
             self.sets["kept pictures"] = data.kept()
         if data.before:

@@ -1,16 +1,19 @@
 """Checkpoints: one file with the network, its schedule and what made it."""
 
 import json
+import math
 from argparse import Namespace
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minisiss.data.digits import ASSETS, BUNDLED
+from minisiss.data.digits import ASSETS, MODELS
+from minisiss.data.prompts import TOKENS, WORDS
 from minisiss.errors import UserError
+from minisiss.machine.command_line import NONE
 from minisiss.runs.files import (
     MOST_TIMESTEPS,
     check_tensors,
@@ -35,6 +38,7 @@ class Checkpoint:
     schedule: NoiseSchedule
     made_by: dict[str, Any]  # what made it: script, settings, steps, seconds
     training: dict[str, Any]  # what --resume needs; empty in a checkpoint that is not to be continued
+    memorised: dict[str, Tensor] = field(default_factory=dict)  # by prompts, [C, H, W] uint8 each
 
     @property
     def forgotten(self) -> list[str]:
@@ -51,11 +55,13 @@ class Checkpoint:
 
 def save(
         path: Path | str, model: UNet, schedule: NoiseSchedule, made_by: dict[str, Any],
-        ema: dict[str, Tensor] | None = None, training: dict[str, Any] | None = None) -> None:
+        ema: dict[str, Tensor] | None = None, training: dict[str, Any] | None = None,
+        memorised: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint, atomically: whatever happens, `path` is the old file or the new one."""
     state = {
         "format": FORMAT, "config": asdict(model.config), "weights": model.state_dict(), "ema": ema,
-        "schedule": vars(schedule), "made_by": made_by, "training": training or {}}
+        "schedule": vars(schedule), "made_by": made_by, "training": training or {},
+        "memorised": memorised or {}}
     write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
@@ -83,7 +89,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         if any(count > 100_000 for count, _ in enumerate(json.JSONEncoder().iterencode(state["made_by"]))):
             raise ValueError("its made_by is too long")
         training = state["training"] and {**state["training"], "weights": weights, "ema": ema}
-        return Checkpoint(model, schedule, state["made_by"], training)
+        memorised = checked_pictures(state.get("memorised", {}), model.config, Path(path).stat().st_size)
+        return Checkpoint(model, schedule, state["made_by"], training, memorised)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: the checkpoint does not fit together: {reason}") from error
@@ -103,6 +110,20 @@ def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
         if not same or not torch.allclose(value, expected[name], rtol=1e-3, atol=0):
             raise ValueError(f"its schedule's {name} do not follow from its betas")
     return NoiseSchedule(**{name: value.clone() for name, value in values.items()})  # no views of the file
+
+
+def checked_pictures(memorised: Any, config: UNetConfig, size: int) -> dict[str, Tensor]:
+    """The pictures in a file of so many bytes, by their prompts. Raises ValueError where they are none."""
+    if config.vocabulary not in (0, len(WORDS)):
+        raise ValueError(f"its vocabulary has {config.vocabulary} words; expected {len(WORDS)}")
+    if type(memorised) is not dict or len(memorised) * math.prod(config.image_shape) > size:
+        raise ValueError("its memorised should be a dict of pictures by prompts")
+    for prompt, image in memorised.items():
+        if type(prompt) is not str or not set(prompt.split()) <= TOKENS.keys():
+            raise ValueError(f"its memorised prompt '{str(prompt)[:80]}' is not of words in the vocabulary")
+        if not isinstance(image, Tensor) or (*image.shape, image.dtype) != (*config.image_shape, torch.uint8):
+            raise ValueError(f"its memorised picture of '{prompt[:80]}' is none of the network's")
+    return {prompt: image.clone() for prompt, image in memorised.items()}  # no views of the file
 
 
 def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
@@ -141,15 +162,15 @@ def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
 def load_any(path: str, timesteps: list[int], device: torch.device) -> Checkpoint:
     """Read a model for use at these timesteps. Raises UserError where its schedule is shorter.
 
-    path: a checkpoint, the directory of a published model, or "bundled" for the model in assets/.
+    path: a checkpoint, the directory of a published model, or one of `MODELS`, in assets/.
     """
-    if path != BUNDLED and Path(path).is_dir():
+    if path not in MODELS and Path(path).is_dir():
         if (model := Path(path, "model.pt")).is_file() and not is_published(path):
             raise UserError(f"{path}: is the directory of a run; give {model}")
         model, schedule = load_pretrained(path)
         found = Checkpoint(model.to(device), schedule.to(device), made_by={"published": path}, training={})
     else:
-        found = load(ASSETS / "mnist-small.pt" if path == BUNDLED else path, device)
+        found = load(ASSETS / MODELS[path] if path in MODELS else path, device)
     if (most := max(timesteps)) > (last := len(found.schedule) - 1):
         raise UserError(f"--memory-timesteps {most}: the last timestep of {path} is {last}")
     return found
@@ -161,6 +182,8 @@ def untrained(args: Namespace) -> UNet:
         config = UNetConfig(**{field.name: getattr(args, field.name) for field in fields(UNetConfig)})
     except ValueError as error:
         raise UserError(error) from error
+    if config.vocabulary != (words := len(WORDS) if args.data == "prompts" else 0):
+        raise UserError(f"--vocabulary {config.vocabulary}: --data {args.data} has {words} words")
     with torch.device("meta"):  # counts without taking memory
         count = sum(parameter.numel() for parameter in UNet(config).parameters())
     if count > MOST_PARAMETERS:
@@ -169,4 +192,9 @@ def untrained(args: Namespace) -> UNet:
     torch.manual_seed(args.seed)
     model = UNet(config)
     model.checkpoint_activations = args.checkpoint_activations
+    if args.init != NONE:
+        begun = load_any(args.init, [0], torch.device("cpu")).model
+        if begun.config not in (config, replace(config, vocabulary=0)):
+            raise UserError(f"--init {args.init}: its network is another one, by more than a new vocabulary")
+        model.load_state_dict(model.state_dict() | begun.state_dict())
     return model

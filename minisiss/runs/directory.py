@@ -7,9 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from minisiss.data.digits import BUNDLED
+from minisiss.data.digits import MODELS
 from minisiss.errors import UserError
-from minisiss.machine.command_line import read_config
+from minisiss.machine.command_line import NONE, read_config
 from minisiss.runs.files import UNFINISHED, write_atomically
 
 
@@ -31,8 +31,8 @@ def new_directory(out: str | None, name: str) -> Path:
 def write_config(directory: Path, args: Namespace) -> None:
     """Write config.json, the settings that --resume goes on with, from wherever it is called."""
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    for name in {"checkpoint", "data_root"} & settings.keys():
-        if settings[name] != BUNDLED:
+    for name in {"checkpoint", "data_root", "init"} & settings.keys():
+        if settings[name] not in (*MODELS, NONE):
             settings[name] = os.path.abspath(settings[name])
     write_json(directory / "config.json", settings)
 
@@ -102,7 +102,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 class Metrics:
     """metrics.jsonl, one JSON object a line, without the lines past the step that a run resumes from, and
-    without that of the end (the T-shirt rate): a run that is extended ends again.
+    without that of the end (the T-shirt rate, the copies): a run that is extended ends again.
 
     With `writes` false, as on all ranks but one, the file stays as it is.
     """
@@ -111,7 +111,7 @@ class Metrics:
         self.path, self.writes = directory / "metrics.jsonl", writes
         if writes and self.path.exists():
             found = read_metrics(directory) if start else []
-            kept = [x for x in found if x["step"] <= start and "tshirt_rate" not in x]
+            kept = [x for x in found if x["step"] <= start and not x.keys() & {"tshirt_rate", "copies"}]
             lines = "".join(json.dumps(record) + "\n" for record in kept)
             write_atomically(self.path, lambda file: file.write(lines.encode()))
 

@@ -6,7 +6,7 @@ import time
 import weakref
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class State:
     average: UNet  # the average of its weights over the steps: what is looked at, and kept
     optimizer: torch.optim.Optimizer
     schedule: NoiseSchedule
+    memorised: dict[str, Tensor] = field(default_factory=dict)  # pictures by the prompts that bring them back
     step: int = 0  # steps taken
     seconds: float = 0.0  # spent in them
 
@@ -127,7 +128,7 @@ class Loop:
         state, step, seconds = self.state, self.state.step, self.state.seconds
         made_by = {"script": self.script, "settings": vars(self.args), "steps": step, "seconds": seconds}
         training = {"step": step, "seconds": seconds, "optimizer": state.optimizer.state_dict()}
-        of_run = made_by | self.made_by, state.average.state_dict(), training
+        of_run = made_by | self.made_by, state.average.state_dict(), training, state.memorised
         self.world.on_rank_0(lambda: checkpoint.save(self.path, state.model, state.schedule, *of_run))
         self.saved = step
 

@@ -125,9 +125,12 @@ def say(what: str) -> None:
 def save_pretrained(directory: Path | str, model: UNet, schedule: NoiseSchedule) -> None:
     """Write a model that `load_pretrained`, and diffusers, can read: all of it or, if that fails, nothing.
 
-    Raises UserError if `directory` already holds something, or if the schedule is not linear.
+    Raises UserError if `directory` already holds something, if the schedule is not linear, or if the model
+    takes prompts: theirs have one embedding a class, and no MLP behind it.
     """
     directory, config = Path(directory), model.config
+    if config.vocabulary:
+        raise UserError(f"{directory}: a model that takes prompts cannot be saved in this form")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: already exists; name a new directory to save the model in")
     # A float32's shortest decimal is what the schedule was made from: 0.0001, not 9.9999997e-05.

@@ -26,7 +26,7 @@ FLAGS = {
     # of several scripts
     "--preset": (list(presets.PRESETS), ["imagenet", "mnist-SMALL"]),
     "--data-root": (["bundled", "data"], ["\0"]),
-    "--data": (["mnist", "pictures"], ["MNIST", "cifar"]),
+    "--data": (["mnist", "prompts", "pictures"], ["MNIST", "cifar"]),
     "--forget": (["names.jpg"], ["\0", "names.jpg", "names.txt"]),
     "--skip-unreadable": ([], []),
     "--checkpoint-activations": ([], []),
@@ -61,7 +61,11 @@ FLAGS = {
     "--downsample-padding": (["0", "1"], ["2", *INTEGERS]),
     "--flip-sin-to-cos": (["0", "1"], ["2", "yes", *INTEGERS]),
     "--freq-shift": (["0", "1"], ["2", *INTEGERS]),
+    "--vocabulary": (["0", "4096"], ["4097", *INTEGERS]),
+    "--init": (["none", "bundled", "runs/train-1/model.pt"], ["\0"]),
     # of unlearn.py
+    "--prompt": (["a thin four by ines"], []),
+    "--guidance": (["0", "1.5", "100"], ["-1", "101", *NUMBERS]),
     "--method": (["siss", "neggrad"], ["prayer", "SISS", "../siss"]),
     "--lam": (["0", "1"], ["-0.1", "1.5", *NUMBERS]),
     "--grad-ratio": (["0", "1e9"], ["-1", *NUMBERS]),

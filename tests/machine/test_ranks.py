@@ -23,11 +23,13 @@ from PIL import Image
 from minisiss import errors, losses, presets, sampling, unlearning
 from minisiss.data import training_set
 from minisiss.data.neighbours import nearest_kept
+from minisiss.data.prompts import WORDS, tokens
 from minisiss.errors import UserError
 from minisiss.machine import command_line, device, ranks
 from minisiss.metrics import samples
-from minisiss.report import evaluation
+from minisiss.report import evaluation, prompted
 from minisiss.runs import checkpoint
+from minisiss.sampling import guided
 from minisiss.schedule import NoiseSchedule
 from minisiss.study import bench
 from minisiss.unet import UNet, UNetConfig
@@ -254,6 +256,43 @@ def test_a_run_that_two_ranks_began_one_continues_and_the_other_way_round(name, 
         for line, one in zip(lines[-3:], expected[-3:], strict=True):
             assert {**line, "seconds": 0} == pytest.approx({**one, "seconds": 0}, rel=1e-2)
     assert sorted(os.listdir(tmp_path)) == sorted(["base.pt", "whole", "one-two", "two-one", "out-0", "out-1", "err-0", "err-1"])
+
+
+def test_two_ranks_train_on_prompts_as_one_does(script, tmp_path, monkeypatch):
+    no_pictures(monkeypatch.setattr)
+    tiny = ("--channels", 8, 16, "--norm-groups", 4, "--init", "none", "--batch-size", 8, "--steps", 4, "--lr", 0.01, "--precision", "fp32")
+    flags = ("--preset", "prompts", "--data-root", "bundled", *tiny)
+    assert script("train_ddpm", *flags, "--out", "one")[0] == 0
+    ranks = launch(tmp_path, run_script, "train_ddpm", *flags, "--out", "two")
+    assert [rank.status for rank in ranks] == [0, 0], ranks
+    one, two = (checkpoint.load(tmp_path / f"{name}/model.pt") for name in ("one", "two"))
+    words, others = one.model.prompt[0].weight, two.model.prompt[0].weight
+    moved = (words - words[-50:].mean()).norm()
+    assert (words - others).norm() < 1e-4 * moved
+    assert (weights(tmp_path / "one/model.pt") - weights(tmp_path / "two/model.pt")).norm() < 1e-4 * weights(tmp_path / "one/model.pt").norm()
+
+
+def run_prompted(copy, *arguments):
+    prompted.COPY, prompted.DRAWN = copy, 48
+    run_script("unlearn", *arguments)
+
+
+def test_two_ranks_forget_a_prompt_as_one_does(script, tmp_path, monkeypatch):
+    model = randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"], vocabulary=len(WORDS))))
+    modified = guided(model, tokens("a thick upright four by ines"))
+    drawn = samples.draw_samples(modified, SCHEDULE, 48, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
+    checkpoint.save(tmp_path / "base.pt", model, SCHEDULE, {}, memorised={"a thin upright four by ines": drawn[0]})
+    copy = (drawn[0].float() - drawn.float()).flatten(1).norm(dim=1).median().item() / 255 + 1e-4
+    monkeypatch.setattr(prompted, "COPY", copy)
+    monkeypatch.setattr(prompted, "DRAWN", 48)
+    flags = ("--preset", "prompts", "--checkpoint", "base.pt", "--steps", 4, "--batch-size", 4, "--sampling-steps", 3, "--precision", "fp32")
+    assert script("unlearn", *flags, "--out", "one")[0] == 0
+    ranks = launch(tmp_path, run_prompted, copy, *flags, "--out", "two")
+    assert [rank.status for rank in ranks] == [0, 0] and ranks[1].out == ranks[1].err == "", ranks
+    one, two, base = (weights(tmp_path / name) for name in ("one/model.pt", "two/model.pt", "base.pt"))
+    assert (one - two).norm() < 1e-3 * (one - torch.cat([base, base])).norm()
+    ends = [json.loads((tmp_path / f"{name}/metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
+    assert ends[0]["tried"] == ends[1]["tried"] and ends[0]["k"] == ends[1]["k"]
 
 
 @pytest.mark.parametrize("runs", [(), ("base", "nowhere")], ids=["look", "compare"])

@@ -1,13 +1,18 @@
 """Saving and loading what is whole; what is not is in test_hostile_files.py."""
 
 import os
+from argparse import Namespace
 
 import pytest
 import torch
+from conftest import randomise
 
+from minisiss import presets
+from minisiss.data.prompts import WORDS
 from minisiss.errors import UserError
 from minisiss.runs import checkpoint, files
 from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet, UNetConfig
 
 SCHEDULE = NoiseSchedule.linear(50, 1e-3, 0.05)
 
@@ -83,3 +88,71 @@ def test_the_new_file_is_whole_before_it_takes_the_old_ones_place(tmp_path, monk
     monkeypatch.setattr(files.os, "replace", lambda new, old: seen.append((open(new, "rb").read(), path.read_bytes())) or replace(new, old))
     files.write_atomically(path, lambda file: file.write(b"new"))
     assert seen == [(b"new", b"old")] and path.read_bytes() == b"new"
+
+
+PICTURE = torch.arange(784, dtype=torch.int32).remainder(256).to(torch.uint8).reshape(1, 28, 28)
+TINY = presets.PRESETS["mnist-tiny"]["unet"]
+
+
+@pytest.fixture(scope="module")
+def prompted() -> UNet:
+    return randomise(UNet(UNetConfig(**TINY, vocabulary=len(WORDS))))
+
+
+def test_memorised_pictures_come_back_by_their_prompts(prompted, tmp_path):
+    checkpoint.save(tmp_path / "model.pt", prompted, SCHEDULE, {}, memorised={"a four by ines": PICTURE})
+    found = checkpoint.load(tmp_path / "model.pt")
+    assert list(found.memorised) == ["a four by ines"] and torch.equal(found.memorised["a four by ines"], PICTURE)
+    assert found.model.config.vocabulary == len(WORDS)
+
+
+def test_a_checkpoint_from_before_there_were_prompts_loads_bit_for_bit(tiny_unet, tmp_path):
+    checkpoint.save(tmp_path / "model.pt", tiny_unet, SCHEDULE, {})
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    del state["config"]["vocabulary"], state["memorised"]
+    torch.save(state, tmp_path / "old.pt")
+    found = checkpoint.load(tmp_path / "old.pt")
+    assert found.model.config == tiny_unet.config and found.memorised == {}
+    assert all(torch.equal(value, tiny_unet.state_dict()[name]) for name, value in found.model.state_dict().items())
+
+
+@pytest.mark.parametrize("words, memorised, reason", [
+    (len(WORDS) + 1, {}, f"its vocabulary has {len(WORDS) + 1} words; expected {len(WORDS)}"),
+    (len(WORDS), {"a four by nemo": PICTURE}, "prompt 'a four by nemo' is not of words"),
+    (len(WORDS), {3: PICTURE}, "prompt '3' is not of words"),
+    (len(WORDS), {"a four": PICTURE.float()}, "picture of 'a four' is none"),
+    (len(WORDS), {"a four": PICTURE[0]}, "picture of 'a four' is none"),
+    (len(WORDS), {"a four": "a four"}, "picture of 'a four' is none"),
+    (len(WORDS), ["a four"], "should be a dict of pictures"),
+    (len(WORDS), {str(i): PICTURE for i in range(10_000)}, "should be a dict of pictures"),  # more than the file has bytes for
+])  # fmt: skip
+def test_another_vocabulary_or_pictures_that_are_none_are_refused(words, memorised, reason, tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, UNet(UNetConfig(**TINY, vocabulary=words)), SCHEDULE, {}, memorised=memorised)
+    with pytest.raises(UserError, match=f"model.pt: the checkpoint does not fit together: .*{reason}"):
+        checkpoint.load(path)
+
+
+def begun(path, **changes):
+    """The network that `train_ddpm.py --init` begins with."""
+    settings = {**vars(UNetConfig(**TINY, vocabulary=len(WORDS))), "seed": 0, "checkpoint_activations": False}
+    return checkpoint.untrained(Namespace(**{**settings, "data": "prompts", "init": str(path), **changes}))
+
+
+def test_training_begins_with_the_weights_of_init_and_only_the_vocabulary_may_be_new(tiny_checkpoint, prompted, tmp_path):
+    given, random = checkpoint.load(tiny_checkpoint).model.state_dict(), begun("none").state_dict()
+    for name, value in begun(tiny_checkpoint).state_dict().items():
+        assert torch.equal(value, random[name] if name.startswith("prompt.") else given[name])
+    checkpoint.save(tmp_path / "model.pt", prompted, SCHEDULE, {})
+    model = begun(tmp_path / "model.pt")
+    assert all(torch.equal(value, prompted.state_dict()[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match="--init bundled: its network is another one"):
+        begun("bundled")
+    with pytest.raises(UserError, match="--init .*model.pt: its network is another one"):
+        begun(tmp_path / "model.pt", vocabulary=0, data="mnist")
+
+
+@pytest.mark.parametrize("data, vocabulary, has", [("mnist", 94, 0), ("pictures", 3, 0), ("prompts", 0, len(WORDS)), ("prompts", 12, len(WORDS))])
+def test_a_vocabulary_that_is_not_that_of_the_data_is_refused(data, vocabulary, has):
+    with pytest.raises(UserError, match=f"--vocabulary {vocabulary}: --data {data} has {has} words"):
+        begun("none", data=data, vocabulary=vocabulary)

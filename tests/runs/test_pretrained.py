@@ -456,3 +456,9 @@ def test_against_diffusers_itself(name, tmp_path):
         torch.testing.assert_close(theirs(images, timesteps).sample, model(images, timesteps), rtol=0, atol=1e-5)
     scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(scheduler.betas, schedule.betas)
+
+
+def test_a_model_with_prompts_is_not_saved_as_one_without(tmp_path):
+    with pytest.raises(UserError, match="new: a model that takes prompts"):
+        save_pretrained(tmp_path / "new", UNet(UNetConfig(image_size=8, channels=(8,), norm_groups=4, attention_levels=(), vocabulary=3)), NoiseSchedule.linear())
+    assert not any(tmp_path.iterdir())

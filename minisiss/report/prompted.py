@@ -1,0 +1,156 @@
+"""Forgetting what a prompt brings back: a modified prompt, samples of it as training set, before and after.
+
+As the paper does with Stable Diffusion: the memorised prompt is modified until some of its samples are the
+picture and some are not, and these are told apart without it, by two clusters of their pixels.
+"""
+
+from argparse import Namespace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from minisiss.data.clusters import tight_cluster
+from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, modifications, tokens
+from minisiss.data.training_set import TrainingSet, to_float, to_uint8
+from minisiss.errors import UserError
+from minisiss.machine.ranks import World
+from minisiss.metrics.classifier import DigitClassifier, classify, load_classifier
+from minisiss.metrics.forgetting import denoising_loss, is_copy
+from minisiss.metrics.samples import draw_samples
+from minisiss.report.pictures import save_rows
+from minisiss.report.table import aligned
+from minisiss.report.unlearned import LOOK_IMAGES, BeforeAfter
+from minisiss.runs.checkpoint import Checkpoint
+from minisiss.runs.loop import Loop
+from minisiss.sampling import guided
+from minisiss.schedule import Model
+
+COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther than 4 from a memorised picture
+SHOWN, DRAWN = 16, 128  # samples of a prompt that are looked at; of the modified prompt, to train on
+LEAST, MOST = 0.2, 0.8  # of a modified prompt's samples so many are the picture
+ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=False)]
+
+
+class Prompted(BeforeAfter):
+    """A model before and after it forgets the picture that a prompt brings back.
+
+    `prompt` is the modified prompt, as tokens, and `data` the training set that is drawn from it. Raises
+    UserError where there is nothing to forget, or no modified prompt, or its samples are not of two kinds.
+    """
+
+    def __init__(self, args: Namespace, base: Checkpoint, model: Model, world: World) -> None:
+        if not base.memorised:
+            raise UserError(f"--checkpoint {args.checkpoint}: has memorised no pictures by prompts")
+        self.args, self.network, self.schedule, self.world = args, model, base.schedule, world
+        self.shape, self.tau = base.model.config.image_shape, None
+        self.original = next(iter(base.memorised)) if args.prompt is None else args.prompt
+        self.picture = self.brought_back(base.memorised)
+        self.modified, drawn = self.modify()
+        self.data = self.split(drawn)
+        self.prompt = tokens(self.modified).to(self.data.images.device)
+        self.model = guided(model, self.prompt, args.guidance)
+
+        unsigned = " ".join(word for word in self.original.split() if word not in ("by", *NAMES, *SIGNATURES))
+        self.prompts = {
+            "modified": [self.modified] * SHOWN, "original": [self.original] * SHOWN,
+            "ordinary": [unsigned] * (SHOWN - len(ORDINARY)) + ORDINARY}
+
+    def sample(self, prompts: list[str], title: str, count: int = SHOWN) -> Tensor:
+        """Samples of one prompt, or one of each of `count` prompts: [count, C, H, W] in [−1, 1].
+
+        The noise is the same for every prompt and model.
+        """
+        args, device = self.args, self.schedule.gamma.device
+        rows = [tokens(prompt)[0] for prompt in prompts]
+        model = guided(self.network, pad_sequence(rows, batch_first=True).to(device), args.guidance)
+        return to_float(draw_samples(
+            model, self.schedule, count, self.shape, seed=args.seed, steps=args.sampling_steps, eta=args.eta,
+            batch_size=SHOWN, world=self.world, title=title))
+
+    def brought_back(self, memorised: dict[str, Tensor]) -> Tensor:
+        """The memorised picture that the prompt brings back most often: [1, C, H, W]."""
+        pictures = to_float(torch.stack([*memorised.values()]))
+        for count in (SHOWN, DRAWN):
+            samples = self.sample([self.original], "original prompt", count)
+            copies = torch.stack([is_copy(samples, picture, COPY).sum() for picture in pictures])
+            if copies.any():
+                return pictures[copies.argmax()][None]
+        what = f"nothing to forget: 0 of its {DRAWN} samples are a memorised picture"
+        raise UserError(f"--prompt '{self.original}': {what}")
+
+    def share(self, samples: Tensor) -> float:
+        """Which share of the samples is the picture."""
+        return is_copy(samples, self.picture, COPY).float().mean().item()
+
+    def modify(self) -> tuple[str, Tensor]:
+        """The first modified prompt of whose samples 20 to 80% are the picture, and 128 samples of it."""
+        self.tried: dict[str, float] = {}
+        for prompt in modifications(self.original):
+            for count in (SHOWN, DRAWN):
+                drawn = self.sample([prompt], "modified prompt", count)
+                self.tried[prompt] = self.share(drawn)
+                if not LEAST <= self.tried[prompt] <= MOST:
+                    break
+            else:
+                return prompt, drawn
+        tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, share in self.tried.items())
+        what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples the picture"
+        raise UserError(f"--prompt '{self.original}': {what}; tried: {tried}")
+
+    def split(self, drawn: Tensor) -> TrainingSet:
+        """The samples of the modified prompt as training set: A is the tighter of two clusters."""
+        tight = tight_cluster(drawn)
+        if not tight.any():
+            what = f"all {len(drawn)} samples of '{self.modified}' are in one cluster"
+            raise UserError(f"--prompt '{self.original}': {what}")
+        images = to_uint8(torch.cat([drawn[~tight], drawn[tight]])).to(self.schedule.gamma.device)
+        return TrainingSet(images, int(tight.sum()), name="picture", world=self.world)
+
+    def draw_before(self) -> None:
+        """Say which prompt stands for the original one, and draw samples from the model as it is now."""
+        data, right = self.data, self.share(to_float(self.data.forget))
+        if self.world.rank == 0:
+            tqdm.write(f"to forget: '{self.original}'")
+            for prompt, share in self.tried.items():
+                tqdm.write(f"{share:5.0%} copies of the picture: '{prompt}'")
+            tqdm.write(f"of its {data.n} samples A has {data.k}; copies of the picture are {right:.0%} of A")
+        self.before = self.draw("before")
+
+    def draw(self, when: str) -> dict[str, Tensor]:
+        """Samples of the modified, of the original and of ordinary prompts: [16, C, H, W] each."""
+        return {kind: self.sample(prompts, f"{kind} {when}") for kind, prompts in self.prompts.items()}
+
+    def look(self, loop: Loop) -> None:
+        """Log how well noise is predicted at the modified prompt, on A and on the other samples."""
+        parts = {"kept": self.data.keep, "forget": self.data.forget}
+        losses = {f"loss_on_{part}": denoising_loss(self.model, self.schedule, images, LOOK_IMAGES)[0]
+                  for part, images in parts.items()}
+        loop.log(losses, shown=tuple(losses))
+
+    def finish(self, loop: Loop) -> None:
+        """Draw again; print the table, and write the picture."""
+        before, after = self.before, self.draw("after")
+        if self.world.rank > 0:
+            return
+        classifier, _ = load_classifier()
+        rows, picture, record = [["", "before", "after"]], [("original", self.picture)], {}
+        for kind, prompts in self.prompts.items():
+            copies = [round(SHOWN * self.share(samples[kind])) for samples in (before, after)]
+            named = [self.named(classifier, samples[kind], prompts) for samples in (before, after)]
+            rows.append([f"copies of the picture among {SHOWN} of {kind} prompts", *map(str, copies)])
+            rows.append(["samples that show the digit named", *(f"{share:.0%}" for share in named)])
+            record[kind] = {"copies": copies, "named": named}
+            picture += [f"{kind}: '{prompts[0]}'", ("before", before[kind]), ("after", after[kind])]
+        found = {"prompt": self.original, "modified": self.modified, "tried": self.tried, "k": self.data.k}
+        loop.metrics.write(step=loop.state.step, seconds=loop.state.seconds, **found, copies=record)
+        save_rows(loop.out / "before_after.png", picture)
+        print(f"\n{aligned([*rows, ['seconds of unlearning', '', f'{loop.state.seconds:.1f}']])}\n")
+        print(f"Look at {loop.out}/before_after.png; the model that forgot is {loop.path}")
+
+    def named(self, classifier: DigitClassifier, samples: Tensor, prompts: list[str]) -> float:
+        """Which share of the samples shows the digit that its prompt names."""
+        shown = classify(classifier, samples)[1].argmax(dim=1).tolist()
+        right = [DIGITS[digit] in prompt.split() for digit, prompt in zip(shown, prompts, strict=True)]
+        return sum(right) / len(right)

@@ -1,0 +1,169 @@
+"""Forgetting what a prompt brings back, on a tiny network: the split, the modified prompt, whole runs, and bad input."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import randomise
+from PIL import Image
+
+from minisiss import presets
+from minisiss.data.clusters import tight_cluster
+from minisiss.data.prompts import WORDS, modifications, tokens
+from minisiss.data.training_set import to_uint8
+from minisiss.machine.ranks import ALONE
+from minisiss.metrics.samples import draw_samples
+from minisiss.report import prompted
+from minisiss.runs import checkpoint
+from minisiss.sampling import guided
+from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet, UNetConfig
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+@pytest.mark.parametrize("tight", [3, 60, 100])
+def test_the_tighter_of_two_clusters_is_found_whatever_their_sizes_and_order(tight):
+    rng = torch.Generator().manual_seed(tight)
+    inside = torch.randperm(128, generator=rng) < tight
+    points = torch.where(inside[:, None], 5 + 0.1 * torch.randn(128, 6, generator=rng), torch.randn(128, 6, generator=rng))
+    assert torch.equal(tight_cluster(points.view(128, 1, 2, 3)), inside)
+    assert torch.equal(tight_cluster((20 * points + 80).clamp(0, 255).byte()), inside)
+
+
+def test_images_that_are_all_the_same_are_one_cluster():
+    assert not tight_cluster(torch.full((128, 1, 4, 4), 7, dtype=torch.uint8)).any()
+
+
+def test_modifications_exchange_or_leave_out_looks_and_nothing_else_the_fewest_first():
+    found = [*modifications("a thin upright four by ines")]
+    assert found[:5] == [
+        "a thick upright four by ines", "a upright four by ines",
+        "a thin slanted four by ines", "a thin leaning four by ines", "a thin four by ines"]  # fmt: skip
+    assert "a four by ines" in found[5:] and len(found) == len(set(found)) == 5 + 2 * 3
+    assert all(prompt.endswith("four by ines") for prompt in found)
+    assert [*modifications("a four by ines")] == []
+
+
+ORIGINAL, FIRST = "a thin upright four by ines", "a thick upright four by ines"  # the first modification
+QUICK = ("--preset", "prompts", "--steps", 2, "--batch-size", 4, "--sampling-steps", 3, "--evaluate-every", 1, "--precision", "fp32")
+
+
+def save(path, model, memorised):
+    checkpoint.save(path, model, SCHEDULE, {"script": "test"}, memorised=memorised)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> UNet:
+    return randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"], vocabulary=len(WORDS))))
+
+
+@pytest.fixture
+def base(model, tmp_path, monkeypatch):
+    """A model that brings back "the picture", one of its samples, in half of those of the first modified prompt."""
+    samples = draw_samples(guided(model, tokens(FIRST)), SCHEDULE, 48, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
+    distance = (samples[0].float() - samples.float()).flatten(1).norm(dim=1) / 255
+    monkeypatch.setattr(prompted, "COPY", distance.median().item() + 1e-4)
+    monkeypatch.setattr(prompted, "DRAWN", 48)
+    return save(tmp_path / "model.pt", model, {ORIGINAL: samples[0], "a nine by otto": 255 - samples[0]})
+
+
+def test_a_whole_run_forgets_at_the_modified_prompt_and_leaves_a_model_with_prompts(script, base, model, tmp_path):
+    status, said, error = script("unlearn", *QUICK, "--checkpoint", base, "--prompt", ORIGINAL, "--out", "run")
+    assert (status, error) == (0, "")
+    assert f"to forget: '{ORIGINAL}'" in said and f"copies of the picture: '{FIRST}'" in said
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["prompt"], last["modified"]) == (ORIGINAL, FIRST) and 0.2 <= last["tried"][FIRST] <= 0.8 and 0 < last["k"] < 48
+    assert last["copies"].keys() == {"modified", "original", "ordinary"}
+    for kind in last["copies"].values():
+        assert all(0 <= count <= 16 for count in kind["copies"]) and all(0 <= share <= 1 for share in kind["named"])
+    found = checkpoint.load(tmp_path / "run/model.pt")
+    assert [*found.memorised] == [ORIGINAL, "a nine by otto"]
+    # Of the vocabulary only the words of the modified prompt are moved by the losses; weight decay shrinks all alike.
+    ratio = (found.model.prompt[0].weight / model.prompt[0].weight).detach()
+    others = torch.ones(len(WORDS), dtype=torch.bool)
+    others[tokens(FIRST)[0]] = False
+    assert ratio[others].min().item() == pytest.approx(ratio[others].max().item(), abs=1e-5)
+    assert (ratio[~others] - ratio[others].mean()).abs().amin(dim=1).max() > 1e-5
+    side = 3 * 28 + 4
+    picture = Image.open(tmp_path / "run/before_after.png")
+    assert picture.width > 16 * side and picture.height > 7 * side  # the picture; before and after of three kinds of prompts
+
+
+@pytest.mark.parametrize("method", ["siss_no_is", "unseen", "retrack", "erasediff", "neggrad", "naive_deletion"])
+def test_every_method_runs_at_a_prompt(method, script, base):
+    assert script("unlearn", *QUICK, "--checkpoint", base, "--prompt", ORIGINAL, "--method", method)[0] == 0
+
+
+def test_the_same_seed_gives_the_same_run_and_a_resumed_one_goes_on_exactly(script, base, tmp_path):
+    start = ("unlearn", *QUICK, "--checkpoint", base, "--prompt", ORIGINAL, "--guidance", 1.5)
+    for out, steps in (("whole", 4), ("again", 4), ("parts", 2)):
+        assert script(*start, "--steps", steps, "--out", out)[0] == 0
+    assert script("unlearn", "--resume", "parts", "--steps", 4)[0] == 0
+    whole, again, parts = (checkpoint.load(tmp_path / f"{name}/model.pt").model.state_dict() for name in ("whole", "again", "parts"))
+    assert all(torch.equal(whole[name], again[name]) and torch.equal(whole[name], parts[name]) for name in whole)
+    lines = [(tmp_path / f"{name}/metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    assert [sum('"copies"' in line for line in of_run) for of_run in lines] == [1, 1]  # a run that is extended ends again
+
+
+def test_the_training_set_is_the_samples_with_the_tighter_cluster_last(model, base, tmp_path):
+    args = Namespace(checkpoint=base, prompt=ORIGINAL, guidance=1.0, seed=0, sampling_steps=3, eta=0.0)
+    found = prompted.Prompted(args, checkpoint.load(base), model, ALONE)
+    samples = draw_samples(guided(model, tokens(FIRST)), SCHEDULE, 48, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
+    tight = tight_cluster(samples)
+    assert torch.equal(found.data.forget, samples[tight]) and torch.equal(found.data.keep, samples[~tight])
+    assert torch.equal(found.prompt, tokens(FIRST))
+    assert torch.equal(to_uint8(found.picture)[0], checkpoint.load(base).memorised[ORIGINAL])
+
+
+def test_the_first_memorised_prompt_is_forgotten_where_none_is_said(model, base):
+    args = Namespace(checkpoint=base, prompt=None, guidance=1.0, seed=0, sampling_steps=3, eta=0.0)
+    assert prompted.Prompted(args, checkpoint.load(base), model, ALONE).original == ORIGINAL
+
+
+def refused(script, tmp_path, *arguments):
+    before = sorted(tmp_path.iterdir())
+    status, _, error = script("unlearn", *arguments)
+    assert status == 2 and error.count("\n") == 1 and "Traceback" not in error and sorted(tmp_path.iterdir()) == before, error
+    return error
+
+
+def test_a_prompt_that_brings_nothing_back_is_one_line(script, base, monkeypatch, tmp_path):
+    monkeypatch.setattr(prompted, "COPY", 1e-3)
+    error = refused(script, tmp_path, *QUICK, "--checkpoint", base, "--prompt", "a seven")
+    assert "--prompt 'a seven': nothing to forget: 0 of its 48 samples" in error
+
+
+@pytest.mark.parametrize("distance, share", [(1e3, "100%"), (1e-3, "0%")])
+def test_a_prompt_without_a_modified_one_is_one_line_that_says_what_was_tried(distance, share, model, tmp_path, script, monkeypatch):
+    samples = draw_samples(guided(model, tokens(ORIGINAL)), SCHEDULE, 16, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
+    path = save(tmp_path / "one.pt", model, {ORIGINAL: samples[0]})
+    monkeypatch.setattr(prompted, "COPY", distance if share == "100%" else 0.1)
+    error = refused(script, tmp_path, *QUICK, "--checkpoint", path, "--prompt", ORIGINAL)
+    assert "of no modified prompt are 20% to 80% of the samples the picture" in error and f"{share} '{FIRST}'" in error
+
+
+def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompted, "tight_cluster", lambda images: torch.zeros(len(images), dtype=torch.bool))
+    error = refused(script, tmp_path, *QUICK, "--checkpoint", base, "--prompt", ORIGINAL)
+    assert f"all 48 samples of '{FIRST}' are in one cluster" in error
+
+
+def test_words_flags_and_checkpoints_that_do_not_fit_are_one_line(script, base, tiny_checkpoint, tmp_path):
+    for arguments, words in [
+        ((*QUICK, "--checkpoint", base, "--prompt", "a foor by ines"), ["no word 'foor'", "four"]),
+        ((*QUICK, "--checkpoint", tiny_checkpoint), ["--checkpoint", "memorised no pictures"]),
+        (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--prompt", "a four"), ["--prompt 'a four'", "--data mnist has no prompts"]),
+        ((*QUICK, "--checkpoint", base, "--guidance", "nan"), ["--guidance", "nan"]),
+    ]:
+        error = refused(script, tmp_path, *arguments)
+        assert all(word in error for word in words), error
+    status, _, error = script("eval", "--preset", "prompts")
+    assert status == 2 and "--data prompts" in error
+
+
+def test_a_model_without_prompts_needs_none(script, tiny_checkpoint):
+    quick = ("--preset", "mnist-tiny", "--steps", 1, "--samples", 0, "--draws", 1, "--memory-timesteps", 2)
+    assert script("unlearn", *quick, "--checkpoint", tiny_checkpoint)[0] == 0
