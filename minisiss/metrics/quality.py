@@ -50,3 +50,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     # Rounding turns eigenvalues of 0 into small negative ones.
     trace_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root).item()
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖ between two sets of points (Székely and Rizzo 2013), without bias.
+
+    a: [N, D]; b: [M, D]. Two sets of the same origin have 0 in the mean, a little more or less in each case.
+    Raises ValueError where a set has fewer than 2 points.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"an energy distance needs two points of each set, got {len(a)} and {len(b)}")
+    within = [torch.cdist(s, s).sum() / (len(s) * (len(s) - 1)) for s in (a, b)]
+    return (2 * torch.cdist(a, b).mean() - sum(within)).item()

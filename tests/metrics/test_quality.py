@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from minisiss.metrics.quality import frechet_distance, inception_score, moments
+from minisiss.metrics.quality import energy_distance, frechet_distance, inception_score, moments
 
 
 def test_inception_score_of_two_unsure_predictions_by_hand():
@@ -98,3 +98,21 @@ def test_moments_refuse_what_has_no_covariance(shape):
 def test_frechet_distance_refuses_other_features():
     with pytest.raises(ValueError, match="3 and 4"):
         frechet_distance(moments(torch.zeros(5, 3)), moments(torch.zeros(5, 4)))
+
+
+def test_energy_distance_by_hand():
+    a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [5.0]])
+    assert energy_distance(a, b) == pytest.approx(2 * (2 + 5 + 1 + 4) / 4 - 1 - 3)
+
+
+def test_energy_distance_is_0_in_the_mean_for_sets_of_one_origin_and_not_for_others():
+    rng = torch.Generator().manual_seed(0)
+    found = torch.tensor([energy_distance(*torch.randn(2, 20, 2, generator=rng)) for _ in range(400)])
+    assert abs(found.mean()) < 4 * found.std() / 20  # with a bias of 1/20 of the mean distance it would be 0.18
+    moved = torch.randn(500, 2, generator=rng), torch.randn(500, 2, generator=rng) + 1
+    assert energy_distance(*moved) > 0.2
+
+
+def test_energy_distance_refuses_single_points():
+    with pytest.raises(ValueError, match="two points"):
+        energy_distance(torch.zeros(1, 2), torch.zeros(3, 2))
