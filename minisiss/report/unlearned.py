@@ -21,7 +21,8 @@ from minisiss.report.table import aligned
 from minisiss.runs.loop import Loop
 from minisiss.schedule import Model, NoiseSchedule
 
-LOOK_IMAGES = 48  # few, the same with the same noise at every look: the differences are those of the model
+# Few, the same with the same noise at every look: the differences are those of the model.
+LOOK_IMAGES, LOOK_DRAWS = 48, 8
 SHOWN = 12  # samples that forgetting.gif shows again and again
 CHANGES = {1.1: "as before", 1.5: "a little worse", math.inf: "much worse"}  # times the distance before
 FEW = 2.0  # effective images: with fewer, hardly one image of a batch counts
@@ -88,8 +89,8 @@ class BeforeAfter:
     def look(self, loop: Loop) -> None:
         """Log what comes back of the forget set at the middle timestep, and how well noise is predicted."""
         began, step, args = time.perf_counter(), loop.state.step, self.args
-        _, back = self.recall(self.forgotten, self.middle) if step else self.before[1][self.name][self.middle]
-        memory = forgetting.similarity(back, self.forgotten).mean()
+        some = self.forgotten[:LOOK_DRAWS]
+        memory = forgetting.similarity(self.recall(some, self.middle)[1], some).mean()
         figures = {"memory": memory, "memory_timestep": self.middle}
         for part, images in (("kept", self.data.keep), ("forget", self.data.forget)):
             (loss,) = forgetting.denoising_loss(self.model, self.schedule, images, LOOK_IMAGES)
