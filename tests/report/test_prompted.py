@@ -35,8 +35,8 @@ def test_the_tighter_of_two_clusters_is_found_whatever_their_sizes_and_order(tig
 def test_a_few_that_are_alike_far_away_are_not_taken_for_the_copies():
     """As it happens: 90 copies, 28 other digits around them, and 10 that are alike and farther away."""
     rng = torch.Generator().manual_seed(0)
-    copies, others = 0.1 * torch.randn(90, 50, generator=rng), 0.8 + torch.randn(28, 50, generator=rng)
-    far = 0.8 + 1.5 * torch.randn(1, 50, generator=rng) + 0.3 * torch.randn(10, 50, generator=rng)
+    copies, others = 0.1 * torch.randn(90, 50, generator=rng), 1.2 + torch.randn(28, 50, generator=rng)
+    far = 1.2 + 1.5 * torch.randn(1, 50, generator=rng) + 0.3 * torch.randn(10, 50, generator=rng)
     assert tight_cluster(torch.cat([copies, others, far])).tolist() == [True] * 90 + [False] * 38
 
 
