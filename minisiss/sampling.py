@@ -6,17 +6,15 @@ from torch import Tensor
 from minisiss.schedule import Model, NoiseSchedule
 
 
-def guided(model: Model, prompt: Tensor, guidance: float = 1.0) -> Model:
-    """A conditional network at a fixed prompt, [1 or B, words], is an unconditional one: with w = `guidance`
+def guided(model: Model, prompt: Tensor | None, guidance: float = 1.0) -> Model:
+    """A conditional network at a fixed prompt, [1 or B, words] int, is an unconditional one. w is `guidance`:
 
-        ε = ε(∅) + w · (ε(prompt) − ε(∅))          in one call (Ho and Salimans 2022); ∅ is the null prompt
-
-    w = 1 is the conditional network itself, w = 0 the unconditional one.
+        ε = ε(∅) + w · (ε(prompt) − ε(∅)),   in one call; ∅ is the null prompt       (Ho and Salimans 2022)
     """
-    if guidance in (0, 1):
-        return lambda x, timesteps: model(x, timesteps, prompt if guidance else None)
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+        if guidance in (0, 1):  # one of the two alone
+            return model(x, timesteps, prompt if guidance else None)
         prompts = prompt.expand(len(x), -1)
         both = torch.cat([torch.zeros_like(prompts), prompts])
         without, given = model(torch.cat([x, x]), timesteps.repeat(2), both).chunk(2)

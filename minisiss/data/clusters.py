@@ -7,21 +7,20 @@ ROUNDS = 100  # at most; a few are enough for a hundred pictures
 
 
 def tight_cluster(images: Tensor) -> Tensor:
-    """Which images are in the tighter of two clusters, whose members are nearer to their mean: [N] bool.
+    """Which images are in the tight one of two clusters, that of a picture and its copies: [N] bool.
 
-    images: [N, …] of any type. The first centre is the image farthest from the mean of all, the second the
-    one farthest from that: there is nothing random. All False where all images are the same.
+    images: [N, …] of any type. Nothing is random: the clusters start from the image that has a fifth of all
+    others nearest around it, and all within half the distance of the farthest image from there. (From two
+    images that are far apart, k-means can end with a few alike on one side, and the copies among the others.)
+    All False where all images are the same.
     """
     points = images.flatten(1).double()
-    first = (points - points.mean(dim=0)).norm(dim=1).argmax()
-    second = (points - points[first]).norm(dim=1).argmax()
-    centres, inside = torch.stack([points[first], points[second]]), None
-    if centres[0].equal(centres[1]):
-        return torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    for _ in range(ROUNDS):
-        before, inside = inside, torch.cdist(points, centres).argmin(dim=1) == 1
-        if before is not None and before.equal(inside):
+    distances = torch.cdist(points, points)
+    densest = distances.kthvalue(1 + len(points) // 5).values.argmin()
+    inside = distances[densest] < distances[densest].max() / 2
+    for _ in range(ROUNDS if inside.any() else 0):
+        centres = torch.stack([points[inside].mean(dim=0), points[~inside].mean(dim=0)])
+        before, inside = inside, torch.cdist(points, centres).argmin(dim=1) == 0
+        if before.equal(inside):
             break
-        centres = torch.stack([points[~inside].mean(dim=0), points[inside].mean(dim=0)])
-    outer, inner = (points[part] - points[part].mean(dim=0) for part in (~inside, inside))
-    return inside if inner.norm(dim=1).mean() < outer.norm(dim=1).mean() else ~inside
+    return inside

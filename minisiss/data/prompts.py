@@ -6,7 +6,6 @@ order does not matter, and the empty prompt, 0 words, is the null prompt.
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator
 from itertools import combinations, product
 
 import torch
@@ -55,18 +54,27 @@ def text(caption: Tensor) -> str:
     return " ".join(WORDS[token] for token in caption if token)
 
 
-def modifications(prompt: str) -> Iterator[str]:
-    """Prompts that say something else than this one of the same digit and name: first those with one look
-    exchanged for another of its kind or left out, then those with two, and so on.
+def changes(word: str) -> list[str]:
+    """What may stand in the place of a look, from the least change to the most: nothing, another look of its
+    kind beside it, or that alone. Of other words there are none.
     """
-    words = prompt.split()
-    others = {word: sorted({*look, ""} - {word}, reverse=True) for look in LOOKS for word in look}  # "" last
-    places = [place for place, word in enumerate(words) if word in others]
+    others = [other for look in LOOKS if word in look for other in look if other not in ("", word)]
+    return ["", *(f"{word} {other}" for other in others), *others] if others else []
+
+
+def modifications(prompt: str) -> list[str]:
+    """Prompts that say other looks of the same digit and name, those with one look changed first, and of
+    these the least changed.
+    """
+    words, found = prompt.split(), []
+    places = [place for place, word in enumerate(words) if changes(word)]
     for count in range(1, len(places) + 1):
         for chosen in combinations(places, count):
-            for exchanged in product(*(others[words[place]] for place in chosen)):
-                changes = dict(zip(chosen, exchanged, strict=True))
-                yield " ".join(filter(None, (changes.get(place, word) for place, word in enumerate(words))))
+            for new in product(*(enumerate(changes(words[place])) for place in chosen)):
+                changed = {place: word for place, (_, word) in zip(chosen, new, strict=True)}
+                modified = " ".join(filter(None, (changed.get(i, word) for i, word in enumerate(words))))
+                found.append((count, sum(size for size, _ in new), modified))
+    return [modified for *_, modified in sorted(found, key=lambda row: row[:2])]
 
 
 def measures(images: Tensor) -> Tensor:

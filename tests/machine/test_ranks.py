@@ -279,7 +279,7 @@ def run_prompted(copy, *arguments):
 
 def test_two_ranks_forget_a_prompt_as_one_does(script, tmp_path, monkeypatch):
     model = randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"], vocabulary=len(WORDS))))
-    modified = guided(model, tokens("a thick upright four by ines"))
+    modified = guided(model, tokens("a upright four by ines"))
     drawn = samples.draw_samples(modified, SCHEDULE, 48, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
     checkpoint.save(tmp_path / "base.pt", model, SCHEDULE, {}, memorised={"a thin upright four by ines": drawn[0]})
     copy = (drawn[0].float() - drawn.float()).flatten(1).norm(dim=1).median().item() / 255 + 1e-4
