@@ -23,6 +23,8 @@ def main() -> int:
     from minisiss.report.evaluation import Evaluation, add_distances, find_runs, one_model
     from minisiss.runs.directory import new_directory, write_json
 
+    if args.data == "prompts":
+        raise UserError("--data prompts: what a prompt brings back is shown by unlearn.py")
     device = pick_device(args.device)
     world = start(device)
     found, wrong = find_runs(args, world) if args.runs else ([one_model(args)], [])
@@ -67,8 +69,6 @@ def parse_arguments() -> Namespace:
     args = parser.parse_args()  # fmt: skip
     if args.runs and args.checkpoint != parser.get_default("checkpoint"):
         parser.error("--checkpoint is for a look at one model, without a RUN")
-    if args.data == "prompts":
-        parser.error("--data prompts: what a prompt brings back is shown by unlearn.py")
     if not args.runs and (args.sscd or args.inception):
         parser.error("--sscd and --inception are for RUNs; give the directory of one")
     return args
