@@ -344,6 +344,7 @@ WRONG = [
     ("train_ddpm", (*TINY_TRAIN, "--out", "holds-a-run"), ["holds-a-run"]),
     ("train_ddpm", (*TINY_TRAIN, "--resume", "holds-a-run"), ["holds-a-run/config.json", "no"]),
     ("eval", ("--checkpoint", "nowhere.pt"), ["nowhere.pt"]),
+    ("eval", ("--preset", "prompts"), ["--data prompts", "unlearn.py"]),
     ("eval", ("--out", "holds-a-run"), ["holds-a-run"]),
 ]
 
