@@ -29,7 +29,8 @@ from minisiss.schedule import Model
 
 COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther than 4 from a memorised picture
 SHOWN, DRAWN = 16, 128  # samples of a prompt that are looked at; of the modified prompt, to train on
-LEAST, MOST = 0.2, 0.8  # of a modified prompt's samples so many are the picture
+LEAST, MOST = 0.2, 0.8  # share of a modified prompt's samples that is the picture
+OTHERS = 0.1  # and that is other memorised pictures, at most
 ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=False)]
 
 
@@ -46,7 +47,8 @@ class Prompted(BeforeAfter):
         self.args, self.network, self.schedule, self.world = args, model, base.schedule, world
         self.shape, self.tau = base.model.config.image_shape, None
         self.original = next(iter(base.memorised)) if args.prompt is None else args.prompt
-        self.picture = self.brought_back(base.memorised)
+        self.pictures = to_float(torch.stack([*base.memorised.values()]))
+        self.which = self.brought_back()
         self.modified, drawn = self.modify()
         self.data = self.split(drawn)
         self.prompt = tokens(self.modified).to(self.data.images.device)
@@ -69,35 +71,42 @@ class Prompted(BeforeAfter):
             model, self.schedule, count, self.shape, seed=args.seed, steps=args.sampling_steps, eta=args.eta,
             batch_size=SHOWN, world=self.world, title=title))
 
-    def brought_back(self, memorised: dict[str, Tensor]) -> Tensor:
-        """The memorised picture that the prompt brings back most often: [1, C, H, W]."""
-        pictures = to_float(torch.stack([*memorised.values()]))
+    def brought_back(self) -> int:
+        """Which memorised picture the prompt brings back most often."""
         for count in (SHOWN, DRAWN):
-            samples = self.sample([self.original], "original prompt", count)
-            copies = torch.stack([is_copy(samples, picture, COPY).sum() for picture in pictures])
-            if copies.any():
-                return pictures[copies.argmax()][None]
+            shares = self.shares(self.sample([self.original], "original prompt", count))
+            if shares.any():
+                return int(shares.argmax())
         what = f"nothing to forget: 0 of its {DRAWN} samples are a memorised picture"
         raise UserError(f"--prompt '{self.original}': {what}")
 
+    def shares(self, samples: Tensor) -> Tensor:
+        """Which share of the samples is each of the memorised pictures."""
+        return torch.stack([is_copy(samples, picture, COPY).float().mean() for picture in self.pictures])
+
     def share(self, samples: Tensor) -> float:
-        """Which share of the samples is the picture."""
-        return is_copy(samples, self.picture, COPY).float().mean().item()
+        """Which share of the samples is the picture to forget."""
+        return self.shares(samples)[self.which].item()
 
     def modify(self) -> tuple[str, Tensor]:
-        """The first modified prompt of whose samples 20 to 80% are the picture, and 128 samples of it."""
-        self.tried: dict[str, float] = {}
+        """The first modified prompt of whose samples 20 to 80% are the picture, and 128 samples of it.
+
+        Few of the others may be other memorised pictures: X∖A would teach these.
+        """
+        self.tried: dict[str, tuple[float, float]] = {}
         for prompt in modifications(self.original):
             for count in (SHOWN, DRAWN):
                 drawn = self.sample([prompt], "modified prompt", count)
-                self.tried[prompt] = self.share(drawn)
-                if not LEAST <= self.tried[prompt] <= MOST:
+                shares = self.shares(drawn)
+                share = shares[self.which].item()
+                self.tried[prompt] = share, others = share, shares.sum().item() - share
+                if not (LEAST <= share <= MOST and others <= OTHERS):
                     break
             else:
                 return prompt, drawn
-        tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, share in self.tried.items())
+        tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, (share, _) in self.tried.items())
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples the picture"
-        raise UserError(f"--prompt '{self.original}': {what}; tried: {tried}")
+        raise UserError(f"--prompt '{self.original}': {what}, and few others memorised; tried: {tried}")
 
     def split(self, drawn: Tensor) -> TrainingSet:
         """The samples of the modified prompt as training set: A is the tighter of two clusters."""
@@ -113,9 +122,9 @@ class Prompted(BeforeAfter):
         data, right = self.data, self.share(to_float(self.data.forget))
         if self.world.rank == 0:
             tqdm.write(f"to forget: '{self.original}'")
-            for prompt, share in self.tried.items():
-                tqdm.write(f"{share:5.0%} copies of the picture: '{prompt}'")
-            tqdm.write(f"of its {data.n} samples A has {data.k}; copies of the picture are {right:.0%} of A")
+            for prompt, (share, others) in self.tried.items():
+                tqdm.write(f"{share:5.0%} are its picture, {others:.0%} other memorised ones: '{prompt}'")
+            tqdm.write(f"A has {data.k} of {data.n} samples of that; {right:.0%} of A are the picture")
         self.before = self.draw("before")
 
     def draw(self, when: str) -> dict[str, Tensor]:
@@ -135,7 +144,7 @@ class Prompted(BeforeAfter):
         if self.world.rank > 0:
             return
         classifier, _ = load_classifier()
-        rows, picture, record = [["", "before", "after"]], [("original", self.picture)], {}
+        rows, picture, record = [["", "before", "after"]], [("picture", self.pictures[self.which][None])], {}
         for kind, prompts in self.prompts.items():
             copies = [round(SHOWN * self.share(samples[kind])) for samples in (before, after)]
             named = [self.named(classifier, samples[kind], prompts) for samples in (before, after)]

@@ -48,8 +48,8 @@ def test_modifications_change_looks_and_nothing_else_the_least_change_first():
     found = modifications("a thin upright four by ines")
     assert found[:8] == [
         "a upright four by ines", "a thin four by ines",
-        "a thin upright leaning four by ines", "a thin thick upright four by ines",
-        "a thin upright slanted four by ines", "a thick upright four by ines",
+        "a thin thick upright four by ines", "a thin upright leaning four by ines",
+        "a thick upright four by ines", "a thin upright slanted four by ines",
         "a thin leaning four by ines", "a thin slanted four by ines"]  # fmt: skip
     assert found[8] == "a four by ines" and len(found) == len(set(found)) == 8 + 3 * 5
     assert all(prompt.endswith("four by ines") for prompt in found)
@@ -77,20 +77,20 @@ def base(model, tmp_path, monkeypatch):
     distance = (samples[0].float() - samples.float()).flatten(1).norm(dim=1) / 255
     monkeypatch.setattr(prompted, "COPY", distance.median().item() + 1e-4)
     monkeypatch.setattr(prompted, "DRAWN", 48)
-    return save(tmp_path / "model.pt", model, {ORIGINAL: samples[0], "a nine by otto": 255 - samples[0]})
+    return save(tmp_path / "model.pt", model, {ORIGINAL: samples[0]})
 
 
 def test_a_whole_run_forgets_at_the_modified_prompt_and_leaves_a_model_with_prompts(script, base, model, tmp_path):
     status, said, error = script("unlearn", *QUICK, "--checkpoint", base, "--prompt", ORIGINAL, "--out", "run")
     assert (status, error) == (0, "")
-    assert f"to forget: '{ORIGINAL}'" in said and f"copies of the picture: '{FIRST}'" in said
+    assert f"to forget: '{ORIGINAL}'" in said and f"0% other memorised ones: '{FIRST}'" in said
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    assert (last["prompt"], last["modified"]) == (ORIGINAL, FIRST) and 0.2 <= last["tried"][FIRST] <= 0.8 and 0 < last["k"] < 48
+    assert (last["prompt"], last["modified"]) == (ORIGINAL, FIRST) and 0.2 <= last["tried"][FIRST][0] <= 0.8 and 0 < last["k"] < 48
     assert last["copies"].keys() == {"modified", "original", "ordinary"}
     for kind in last["copies"].values():
         assert all(0 <= count <= 16 for count in kind["copies"]) and all(0 <= share <= 1 for share in kind["named"])
     found = checkpoint.load(tmp_path / "run/model.pt")
-    assert [*found.memorised] == [ORIGINAL, "a nine by otto"]
+    assert [*found.memorised] == [ORIGINAL]
     # Of the vocabulary only the words of the modified prompt are moved by the losses; weight decay shrinks all alike.
     ratio = (found.model.prompt[0].weight / model.prompt[0].weight).detach()
     others = torch.ones(len(WORDS), dtype=torch.bool)
@@ -125,10 +125,13 @@ def test_the_training_set_is_the_samples_with_the_tighter_cluster_last(model, ba
     tight = tight_cluster(samples)
     assert torch.equal(found.data.forget, samples[tight]) and torch.equal(found.data.keep, samples[~tight])
     assert torch.equal(found.prompt, tokens(FIRST))
-    assert torch.equal(to_uint8(found.picture)[0], checkpoint.load(base).memorised[ORIGINAL])
+    assert torch.equal(to_uint8(found.pictures[found.which]), checkpoint.load(base).memorised[ORIGINAL])
 
 
-def test_the_first_memorised_prompt_is_forgotten_where_none_is_said(model, base):
+def test_the_first_memorised_prompt_is_forgotten_where_none_is_said(model, base, monkeypatch):
+    monkeypatch.setattr(prompted, "OTHERS", 1.0)
+    (picture,) = checkpoint.load(base).memorised.values()
+    save(base, model, {ORIGINAL: picture, "a nine by otto": 255 - picture})
     args = Namespace(checkpoint=base, prompt=None, guidance=1.0, seed=0, sampling_steps=3, eta=0.0)
     assert prompted.Prompted(args, checkpoint.load(base), model, ALONE).original == ORIGINAL
 
@@ -153,6 +156,12 @@ def test_a_prompt_without_a_modified_one_is_one_line_that_says_what_was_tried(di
     monkeypatch.setattr(prompted, "COPY", distance if share == "100%" else 0.1)
     error = refused(script, tmp_path, *QUICK, "--checkpoint", path, "--prompt", ORIGINAL)
     assert "of no modified prompt are 20% to 80% of the samples the picture" in error and f"{share} '{FIRST}'" in error
+
+
+def test_a_modified_prompt_that_brings_back_another_memorised_picture_too_is_none(model, base, tmp_path, script):
+    (picture, *_) = checkpoint.load(base).memorised.values()
+    path = save(tmp_path / "two.pt", model, {ORIGINAL: picture, "a nine by otto": picture})
+    assert "few others memorised" in refused(script, tmp_path, *QUICK, "--checkpoint", path, "--prompt", ORIGINAL)
 
 
 def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):
