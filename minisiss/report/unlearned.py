@@ -158,12 +158,13 @@ class BeforeAfter:
         qualities = [quality(*classifier.classify(network, samples), found, real)
                      for samples, found in zip((before, after), copies, strict=True)]
         old, new = (one["frechet"] for one in qualities)
+        enough = {} if None in (old, new) else {"frechet_before": old, "frechet": new}
         loop.metrics.write(
             step=loop.state.step, seconds=loop.state.seconds, samples=count, tshirt_rate_before=was / count,
-            tshirt_rate=now / count, frechet_before=old, frechet=new)
+            tshirt_rate=now / count, **enough)
         forgotten = [f"T-shirts among {count:,} samples", f"{was / count:.2%}", f"{now / count:.2%}"]
         words = [f"{now or 'no'} T-shirt{'s' if now > 1 else ''} among {count:,} samples ({was} before)"]
-        if None in (old, new):  # too few samples
+        if not enough:
             return {self.name: [forgotten]}, words
         change = next(words for times, words in CHANGES.items() if new <= times * old)
         words.append(f"digits {change} (Fréchet distance {new:.1f}, {old:.1f} before)")

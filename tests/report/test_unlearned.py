@@ -67,6 +67,7 @@ def test_of_few_samples_only_t_shirts_are_counted(report, loop):
     report.copies = report.copies[:4]
     blocks, words = report.compare_samples(some_digits(0)[:4], some_digits(1)[:4], loop)
     assert words == ["no T-shirt among 4 samples (0 before)"] and list(blocks) == ["T-shirt"]
+    assert "frechet" not in loop.logged[0]
 
 
 def test_what_one_sees_again_and_again_has_t_shirts_in_it(report, monkeypatch):
