@@ -37,8 +37,9 @@ ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=
 class Prompted(BeforeAfter):
     """A model before and after it forgets the picture that a prompt brings back.
 
-    `data` is the training set, samples of the modified prompt, and `prompt` the one that is held fixed while
-    the network is trained on it, as tokens: the original one, or the modified one. Raises UserError where there is nothing to forget, or no modified prompt, or its samples are not of two kinds.
+    `data` is the training set, samples of the modified prompt, and `prompt`, as tokens, the one that is held
+    fixed while the network is trained on it, the original or the modified one. Raises UserError where there
+    is nothing to forget, or no modified prompt, or its samples are not of two kinds.
     """
 
     def __init__(self, args: Namespace, base: Checkpoint, model: Model, world: World) -> None:
