@@ -37,8 +37,9 @@ ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=
 class Prompted(BeforeAfter):
     """A model before and after it forgets the picture that a prompt brings back.
 
-    `prompt` is the modified prompt, as tokens, and `data` the training set that is drawn from it. Raises
-    UserError where there is nothing to forget, or no modified prompt, or its samples are not of two kinds.
+    `data` is the training set, samples of the modified prompt, and `prompt`, as tokens, the one that is held
+    fixed while the network is trained on it, the original or the modified one. Raises UserError where there
+    is nothing to forget, or no modified prompt, or its samples are not of two kinds.
     """
 
     def __init__(self, args: Namespace, base: Checkpoint, model: Model, world: World) -> None:
@@ -51,7 +52,8 @@ class Prompted(BeforeAfter):
         self.which = self.brought_back()
         self.modified, drawn = self.modify()
         self.data = self.split(drawn)
-        self.prompt = tokens(self.modified).to(self.data.images.device)
+        fixed = self.original if args.fixed_prompt == "original" else self.modified
+        self.prompt = tokens(fixed).to(self.data.images.device)
         self.model = guided(model, self.prompt, args.guidance)
 
         unsigned = " ".join(word for word in self.original.split() if word not in ("by", *NAMES, *SIGNATURES))
@@ -132,7 +134,7 @@ class Prompted(BeforeAfter):
         return {kind: self.sample(prompts, f"{kind} {when}") for kind, prompts in self.prompts.items()}
 
     def look(self, loop: Loop) -> None:
-        """Log how well noise is predicted at the modified prompt, on A and on the other samples."""
+        """Log how well noise is predicted at the fixed prompt, on A and on the other samples."""
         parts = {"kept": self.data.keep, "forget": self.data.forget}
         losses = {f"loss_on_{part}": denoising_loss(self.model, self.schedule, images, LOOK_IMAGES)[0]
                   for part, images in parts.items()}

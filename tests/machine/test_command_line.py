@@ -65,6 +65,7 @@ FLAGS = {
     "--init": (["none", "bundled", "runs/train-1/model.pt"], ["\0"]),
     # of unlearn.py
     "--prompt": (["a thin four by ines"], []),
+    "--fixed-prompt": (["original", "modified"], ["both", "ORIGINAL"]),
     "--guidance": (["0", "1.5", "100"], ["-1", "101", *NUMBERS]),
     "--method": (["siss", "neggrad"], ["prayer", "SISS", "../siss"]),
     "--lam": (["0", "1"], ["-0.1", "1.5", *NUMBERS]),

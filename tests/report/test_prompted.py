@@ -80,8 +80,10 @@ def base(model, tmp_path, monkeypatch):
     return save(tmp_path / "model.pt", model, {ORIGINAL: samples[0]})
 
 
-def test_a_whole_run_forgets_at_the_modified_prompt_and_leaves_a_model_with_prompts(script, base, model, tmp_path):
-    status, said, error = script("unlearn", *QUICK, "--checkpoint", base, "--prompt", ORIGINAL, "--out", "run")
+@pytest.mark.parametrize("fixed, words", [("original", ORIGINAL), ("modified", FIRST)])
+def test_a_whole_run_forgets_at_the_fixed_prompt_and_leaves_a_model_with_prompts(fixed, words, script, base, model, tmp_path):
+    flags = ("--checkpoint", base, "--prompt", ORIGINAL, "--fixed-prompt", fixed, "--out", "run")
+    status, said, error = script("unlearn", *QUICK, *flags)
     assert (status, error) == (0, "")
     assert f"to forget: '{ORIGINAL}'" in said and f"0% other memorised ones: '{FIRST}'" in said
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
@@ -91,10 +93,10 @@ def test_a_whole_run_forgets_at_the_modified_prompt_and_leaves_a_model_with_prom
         assert all(0 <= count <= 16 for count in kind["copies"]) and all(0 <= share <= 1 for share in kind["named"])
     found = checkpoint.load(tmp_path / "run/model.pt")
     assert [*found.memorised] == [ORIGINAL]
-    # Of the vocabulary only the words of the modified prompt are moved by the losses; weight decay shrinks all alike.
+    # Of the vocabulary only the words of the fixed prompt are moved by the losses; weight decay shrinks all alike.
     ratio = (found.model.prompt[0].weight / model.prompt[0].weight).detach()
     others = torch.ones(len(WORDS), dtype=torch.bool)
-    others[tokens(FIRST)[0]] = False
+    others[tokens(words)[0]] = False
     assert ratio[others].min().item() == pytest.approx(ratio[others].max().item(), abs=1e-5)
     assert (ratio[~others] - ratio[others].mean()).abs().amin(dim=1).max() > 1e-5
     side = 3 * 28 + 4
@@ -119,12 +121,14 @@ def test_the_same_seed_gives_the_same_run_and_a_resumed_one_goes_on_exactly(scri
 
 
 def test_the_training_set_is_the_samples_with_the_tighter_cluster_last(model, base, tmp_path):
-    args = Namespace(checkpoint=base, prompt=ORIGINAL, guidance=1.0, seed=0, sampling_steps=3, eta=0.0)
+    args = Namespace(checkpoint=base, prompt=ORIGINAL, fixed_prompt="modified", guidance=1.0, seed=0, sampling_steps=3, eta=0.0)
     found = prompted.Prompted(args, checkpoint.load(base), model, ALONE)
     samples = draw_samples(guided(model, tokens(FIRST)), SCHEDULE, 48, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
     tight = tight_cluster(samples)
     assert torch.equal(found.data.forget, samples[tight]) and torch.equal(found.data.keep, samples[~tight])
     assert torch.equal(found.prompt, tokens(FIRST))
+    args.fixed_prompt = "original"
+    assert torch.equal(prompted.Prompted(args, checkpoint.load(base), model, ALONE).prompt, tokens(ORIGINAL))
     assert torch.equal(to_uint8(found.pictures[found.which]), checkpoint.load(base).memorised[ORIGINAL])
 
 
@@ -132,7 +136,7 @@ def test_the_first_memorised_prompt_is_forgotten_where_none_is_said(model, base,
     monkeypatch.setattr(prompted, "OTHERS", 1.0)
     (picture,) = checkpoint.load(base).memorised.values()
     save(base, model, {ORIGINAL: picture, "a nine by otto": 255 - picture})
-    args = Namespace(checkpoint=base, prompt=None, guidance=1.0, seed=0, sampling_steps=3, eta=0.0)
+    args = Namespace(checkpoint=base, prompt=None, fixed_prompt="original", guidance=1.0, seed=0, sampling_steps=3, eta=0.0)
     assert prompted.Prompted(args, checkpoint.load(base), model, ALONE).original == ORIGINAL
 
 
