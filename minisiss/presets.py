@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unlearn retrack": dict(steps=50, batch_size=128, lr=5e-5, ema=0.0),  # as published
         # No noise in its targets: few steps at a high rate.
         "unlearn unseen": dict(steps=60, lr=1e-4, evaluate_every=10),
-        "eval": dict(sampling_steps=10),  # as good as 100: study/SPEED.md
+        "eval": dict(sampling_steps=10),  # as good as DDIM's 25: study/SPEED.md
     },
     # The same network with prompts, a third of them memorised: see data/prompts.py. From the bundled weights.
     "prompts": {
@@ -35,8 +35,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             channels=(24, 48, 96), layers_per_block=1, attention_levels=(), norm_groups=8, vocabulary=94),
         "train": dict(init="bundled", steps=4000, batch_size=64, lr=1e-3, warmup=100, ema=0.999),
         "unlearn": dict(
-            checkpoint="bundled-prompts",
-            steps=35, batch_size=16, lr=1e-4, evaluate_every=35, sampling_steps=12),
+            checkpoint="bundled-prompts", guidance=2.0,
+            steps=35, batch_size=16, lr=1e-4, evaluate_every=35, sampling_steps=10),
         "unlearn siss": dict(grad_ratio=0.3),
         "unlearn siss_no_is": dict(grad_ratio=0.3),
     },
