@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             channels=(24, 48, 96), layers_per_block=1, attention_levels=(), norm_groups=8, vocabulary=94),
         "train": dict(init="bundled", steps=4000, batch_size=64, lr=1e-3, warmup=100, ema=0.999),
         "unlearn": dict(
-            checkpoint="bundled-prompts", guidance=2.0,
+            checkpoint="bundled-prompts",
             steps=35, batch_size=16, lr=1e-4, evaluate_every=35, sampling_steps=10),
         "unlearn siss": dict(grad_ratio=0.3),
         "unlearn siss_no_is": dict(grad_ratio=0.3),
