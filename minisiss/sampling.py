@@ -62,9 +62,8 @@ def denoise_from(model: Model, schedule: NoiseSchedule, noisy: Tensor, timestep:
         last = following is None
         alpha_bar_next = torch.ones_like(alpha_bar) if last else schedule.alphas_cumprod[following]
         noise = model(x, torch.full((len(x),), t, device=x.device))
-        x0 = predicted = (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-        if clip:
-            x0 = predicted = x0.clamp(-1, 1)
+        predicted = (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+        x0 = predicted = predicted.clamp(-1, 1) if clip else predicted
         h = (alpha_bar_next.logit() - alpha_bar.logit()) / 2
         if order == 2 and x0_before is not None and not last:
             x0 = predicted + h / (2 * h_before) * (predicted - x0_before)

@@ -93,7 +93,7 @@ class Prompted(BeforeAfter):
     def modify(self) -> tuple[str, Tensor]:
         """The first modified prompt of whose samples 20 to 80% are the picture, and 128 samples of it.
 
-        Few of the others may be other memorised pictures: X∖A would teach these.
+        At most 40% may be other memorised pictures: those that X∖A has are kept, and can take its place.
         """
         self.tried: dict[str, tuple[float, float]] = {}
         for prompt in modifications(self.original):
