@@ -62,8 +62,8 @@ def train(model: nn.Module, data: TrainingSet, generator: torch.Generator, name:
     near = nearest_kept(data, settings.neighbours) if method.neighbours else None
     if ceiling:
         left = to_float(data.forget.flip(1)) * torch.tensor([-1.0, 1.0]).view(2, 1, 1)
-        alike = to_uint8(torch.cat([left, -left]))  # the cluster turned by a quarter, where no data is
-        ceiling *= torch.tensor(denoising_loss(model, SCHEDULE, alike, 5000, buckets=50)).repeat_interleave(20)
+        twin = to_uint8(torch.cat([left, -left]))  # the cluster turned by a quarter, where no data is
+        ceiling *= torch.tensor(denoising_loss(model, SCHEDULE, twin, 5000, buckets=50)).repeat_interleave(20)
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(steps):
