@@ -1,7 +1,7 @@
 """Forgetting what a prompt brings back: a modified prompt, samples of it as training set, before and after.
 
 As the paper does with Stable Diffusion: the memorised prompt is modified until some of its samples are the
-picture and some are not, and these are told apart without it, by two clusters of their pixels.
+picture and some are not, and two clusters of their pixels are A and X∖A.
 """
 
 from argparse import Namespace
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from minisiss.data.clusters import tight_cluster
+from minisiss.data.clusters import cluster_around
 from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, modifications, tokens
 from minisiss.data.training_set import TrainingSet, to_float, to_uint8
 from minisiss.errors import UserError
@@ -111,13 +111,13 @@ class Prompted(BeforeAfter):
         raise UserError(f"--prompt '{self.original}': {what}, and few others memorised; tried: {tried}")
 
     def split(self, drawn: Tensor) -> TrainingSet:
-        """The samples of the modified prompt as training set: A is the tighter of two clusters."""
-        tight = tight_cluster(drawn)
-        if not tight.any():
+        """The samples of the modified prompt as training set: A is the cluster around the picture, of two."""
+        near = cluster_around(drawn, self.pictures[self.which])
+        if not near.any():
             what = f"all {len(drawn)} samples of '{self.modified}' are in one cluster"
             raise UserError(f"--prompt '{self.original}': {what}")
-        images = to_uint8(torch.cat([drawn[~tight], drawn[tight]])).to(self.schedule.gamma.device)
-        return TrainingSet(images, int(tight.sum()), name="picture", world=self.world)
+        images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)
+        return TrainingSet(images, int(near.sum()), name="picture", world=self.world)
 
     def draw_before(self) -> None:
         """Say which prompt stands for the original one, and draw samples from the model as it is now."""

@@ -9,7 +9,7 @@ from conftest import randomise
 from PIL import Image
 
 from minisiss import presets
-from minisiss.data.clusters import tight_cluster
+from minisiss.data.clusters import cluster_around
 from minisiss.data.prompts import WORDS, modifications, tokens
 from minisiss.data.training_set import to_uint8
 from minisiss.machine.ranks import ALONE
@@ -23,25 +23,27 @@ from minisiss.unet import UNet, UNetConfig
 SCHEDULE = NoiseSchedule.linear()
 
 
-@pytest.mark.parametrize("tight", [30, 60, 110])
-def test_the_tighter_of_two_clusters_is_found_whatever_their_sizes_and_order(tight):
-    rng = torch.Generator().manual_seed(tight)
-    inside = torch.randperm(128, generator=rng) < tight
+@pytest.mark.parametrize("size", [30, 60, 110])
+def test_the_cluster_around_a_picture_is_found_whatever_its_size_and_order(size):
+    rng = torch.Generator().manual_seed(size)
+    inside = torch.randperm(128, generator=rng) < size
     points = torch.where(inside[:, None], 5 + 0.1 * torch.randn(128, 6, generator=rng), torch.randn(128, 6, generator=rng))
-    assert torch.equal(tight_cluster(points.view(128, 1, 2, 3)), inside)
-    assert torch.equal(tight_cluster((20 * points + 80).clamp(0, 255).byte()), inside)
+    assert torch.equal(cluster_around(points.view(128, 1, 2, 3), points[inside][0].view(1, 2, 3)), inside)
+    pixels = (20 * points + 80).clamp(0, 255).byte()
+    assert torch.equal(cluster_around(pixels, pixels[inside][0]), inside)
 
 
-def test_a_few_that_are_alike_far_away_are_not_taken_for_the_copies():
-    """As it happens: 90 copies, 28 other digits around them, and 10 that are alike and farther away."""
+def test_more_copies_of_another_picture_are_not_taken_for_those_of_this_one():
     rng = torch.Generator().manual_seed(0)
-    copies, others = 0.1 * torch.randn(90, 50, generator=rng), 1.2 + torch.randn(28, 50, generator=rng)
-    far = 1.2 + 1.5 * torch.randn(1, 50, generator=rng) + 0.3 * torch.randn(10, 50, generator=rng)
-    assert tight_cluster(torch.cat([copies, others, far])).tolist() == [True] * 90 + [False] * 38
+    picture, another = torch.zeros(50), 1.2 + torch.randn(50, generator=rng)
+    copies = [one + 0.1 * torch.randn(count, 50, generator=rng) for one, count in ((picture, 35), (another, 60))]
+    images = torch.cat([*copies, 1.2 + 0.5 * torch.randn(33, 50, generator=rng)])
+    assert cluster_around(images, picture).tolist() == [True] * 35 + [False] * 93
+    assert cluster_around(images, another).tolist() == [False] * 35 + [True] * 60 + [False] * 33
 
 
-def test_images_that_are_all_the_same_are_one_cluster():
-    assert not tight_cluster(torch.full((128, 1, 4, 4), 7, dtype=torch.uint8)).any()
+def test_images_that_are_all_as_near_are_one_cluster():
+    assert not cluster_around(torch.full((128, 1, 4, 4), 7, dtype=torch.uint8), torch.zeros(1, 4, 4)).any()
 
 
 def test_modifications_change_looks_and_nothing_else_the_least_change_first():
@@ -120,12 +122,12 @@ def test_the_same_seed_gives_the_same_run_and_a_resumed_one_goes_on_exactly(scri
     assert [sum('"copies"' in line for line in of_run) for of_run in lines] == [1, 1]  # a run that is extended ends again
 
 
-def test_the_training_set_is_the_samples_with_the_tighter_cluster_last(model, base, tmp_path):
+def test_the_training_set_is_the_samples_with_the_cluster_around_the_picture_last(model, base, tmp_path):
     args = Namespace(checkpoint=base, prompt=ORIGINAL, fixed_prompt="modified", guidance=1.0, seed=0, sampling_steps=3, eta=0.0)
     found = prompted.Prompted(args, checkpoint.load(base), model, ALONE)
     samples = draw_samples(guided(model, tokens(FIRST)), SCHEDULE, 48, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
-    tight = tight_cluster(samples)
-    assert torch.equal(found.data.forget, samples[tight]) and torch.equal(found.data.keep, samples[~tight])
+    near = cluster_around(samples, samples[0])
+    assert torch.equal(found.data.forget, samples[near]) and torch.equal(found.data.keep, samples[~near])
     assert torch.equal(found.prompt, tokens(FIRST))
     args.fixed_prompt = "original"
     assert torch.equal(prompted.Prompted(args, checkpoint.load(base), model, ALONE).prompt, tokens(ORIGINAL))
@@ -169,7 +171,7 @@ def test_a_modified_prompt_that_brings_back_another_memorised_picture_too_is_non
 
 
 def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompted, "tight_cluster", lambda images: torch.zeros(len(images), dtype=torch.bool))
+    monkeypatch.setattr(prompted, "cluster_around", lambda images, picture: torch.zeros(len(images), dtype=torch.bool))
     error = refused(script, tmp_path, *QUICK, "--checkpoint", base, "--prompt", ORIGINAL)
     assert f"all 48 samples of '{FIRST}' are in one cluster" in error
 

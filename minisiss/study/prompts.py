@@ -1,0 +1,248 @@
+"""What prompts bring back, forgotten: the picture of each by every method, and all of them one after another.
+
+    python -m minisiss.study.prompts                     45 prompts, the preset's settings: hours on two cores
+    python -m minisiss.study.prompts --prompts 46 50     the tuning prompts, every setting of `TRIED`
+    python -m minisiss.study.prompts --in-a-row          SISS on the 45 in one model
+
+Started again it goes on. `--prompts 1 22` and `--prompts 23 45` are two parts, for two processes.
+"""
+
+import copy
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from minisiss import unlearning
+from minisiss.data.neighbours import nearest_kept
+from minisiss.data.prompts import COUNTED, DIGITS, LOOKS, NAMES, SIGNATURES, tokens
+from minisiss.data.training_set import step_generator, to_float
+from minisiss.errors import UserError
+from minisiss.machine.command_line import Parser, filename, number, run
+from minisiss.machine.device import adamw, at_precision, pick_device
+from minisiss.machine.ranks import ALONE
+from minisiss.metrics.classifier import classify, load_classifier
+from minisiss.metrics.forgetting import is_copy
+from minisiss.metrics.quality import frechet_distance, moments
+from minisiss.presets import PRESETS
+from minisiss.report.prompted import COPY, SHOWN, Prompted
+from minisiss.report.table import aligned
+from minisiss.runs.checkpoint import load_any
+from minisiss.runs.files import write_atomically
+from minisiss.sampling import guided, sample
+
+TRIED = {  # on the tuning prompts
+    "siss": [dict(lr=lr, grad_ratio=rho) for rho in (0.1, 0.3) for lr in (3e-5, 1e-4)],
+    "siss_no_is": [dict(lr=lr, grad_ratio=rho) for rho in (0.1, 0.3) for lr in (3e-5, 1e-4)],
+    "naive_deletion": [dict(lr=lr) for lr in (1e-4, 3e-4, 1e-3)],
+    "erasediff": [dict(lr=lr) for lr in (1e-5, 3e-5, 1e-4)],
+    "neggrad": [dict(lr=lr) for lr in (1e-6, 3e-6, 1e-5)],
+    "retrack": [dict(lr=lr) for lr in (5e-5, 1.5e-4, 5e-4)],
+}
+PAPER = {"siss": "87 / 71", "siss_no_is": "87 / 69", "naive_deletion": "56 / 34", "erasediff": "49 / 24"}
+KINDS = "modified", "original"
+NAMED = 0.75  # mitigated: no copy among 16 at the end, and halfway and then this share shows the digit named
+ORDINARY, MANY = 50, 1000  # prompts that are looked at after a picture, and where quality is measured
+AFTER = 1, 5, 15, COUNTED  # pictures in a row, when quality is measured
+Record = dict[str, Any]
+
+
+def settings_of(method: str, **changed: float) -> Namespace:
+    """What `unlearn.py --preset prompts` has in its flags, as far as it is used here."""
+    fixed = dict(method=method, guidance=1.0, seed=0, eta=0.0, fixed_prompt="original")
+    preset = PRESETS["prompts"]
+    return Namespace(**fixed | preset["unlearn"] | preset.get(f"unlearn {method}", {}) | changed)
+
+
+def forget(report: Prompted, network: nn.Module, how: Namespace) -> Iterator[nn.Module]:
+    """The network halfway through a method's steps, which are those of unlearn.py, and at their end."""
+    method, data, device = unlearning.METHODS[how.method], report.data, report.data.images.device
+    numbers = {name: value for name, value in vars(how).items() if name in method.reads}
+    settings = unlearning.Settings(**numbers)
+    near = nearest_kept(data, settings.neighbours) if method.neighbours else None
+    model = copy.deepcopy(network).requires_grad_(True)
+    optimizer, predict = adamw(model, how.lr), guided(at_precision(model, device, "auto"), report.prompt)
+    for step in range(1, how.steps + 1):
+        generator = step_generator(how.seed, step - 1, device)
+        batch = unlearning.draw_batch(data, how.batch_size, report.schedule, generator, neighbours=near)
+        terms = method.terms(predict, batch, report.schedule, settings)
+        unlearning.step(method, terms, optimizer, settings)
+        if step in (how.steps // 2, how.steps):
+            yield model
+
+
+def ordinary_prompts(count: int) -> list[str]:
+    """The digits in turn, with looks at random, every second one by one of those who sign many digits."""
+    generator = torch.Generator().manual_seed(0)
+    any_of = lambda words: words[torch.randint(len(words), (1,), generator=generator)]  # noqa: E731
+    prompts = [["a", *map(any_of, LOOKS), DIGITS[i % 10], *(["by", any_of(NAMES)] if i % 2 else [])]
+               for i in range(count)]
+    return [" ".join(filter(None, prompt)) for prompt in prompts]
+
+
+class Study:
+    """The model that has memorised pictures, and what it and those made from it draw."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.base = load_any("bundled-prompts", [0], pick_device(args.device))
+        self.network, self.prompts = self.base.model.requires_grad_(False), list(self.base.memorised)
+        self.classifier, self.real = load_classifier()
+        self.ordinary = ordinary_prompts(MANY)
+
+    def at(self, network: nn.Module) -> Any:
+        return at_precision(network, self.base.schedule.gamma.device, "auto")
+
+    def report(self, prompt: str, network: nn.Module) -> Prompted:
+        """What the network draws at a modified prompt, in two clusters. Raises UserError as `Prompted`."""
+        args = Namespace(**vars(settings_of("siss")) | {"prompt": prompt})
+        return Prompted(args, self.base, self.at(network), ALONE)
+
+    def draw(self, network: nn.Module, prompts: list[str]) -> Tensor:
+        """A sample of each prompt, from noise that is the same for all networks: [prompts, 1, 28, 28]."""
+        schedule, drawn, batch = self.base.schedule, [], 50
+        device = schedule.gamma.device
+        for first in range(0, len(prompts), batch):
+            rows = [tokens(prompt)[0] for prompt in prompts[first : first + batch]]
+            model = guided(self.at(network), pad_sequence(rows, batch_first=True).to(device))
+            shape, generator = (len(rows), *network.config.image_shape), step_generator(0, first, device)
+            drawn.append(sample(model, schedule, shape, generator=generator, steps=10, eta=0.0, order=2))
+        return torch.cat(drawn)
+
+    def remembered(self, network: nn.Module) -> Tensor:
+        """Which of the memorised prompts bring back their picture: [50] bool."""
+        pictures = to_float(torch.stack([*self.base.memorised.values()]))
+        return is_copy(self.draw(network, self.prompts), pictures, COPY)
+
+    def shown(self, network: nn.Module, count: int) -> tuple[Tensor, Tensor]:
+        """What ordinary prompts draw: features [count, 128], and the digit that each shows [count]."""
+        features, probabilities = classify(self.classifier, self.draw(network, self.ordinary[:count]))
+        return features, probabilities.argmax(dim=1)
+
+    def each(self, prompt: str, jobs: list[tuple[str, Record]]) -> Iterator[Record]:
+        """A record of each job, a method and what is changed in its settings: one picture is forgotten."""
+        report = self.report(prompt, self.network)
+        others, (_, digits) = self.remembered(self.network), self.shown(self.network, ORDINARY)
+        for method, changed in jobs:
+            record = {"prompt": prompt, "modified": report.modified, "method": method, "changed": changed}
+            named = dict.fromkeys(KINDS, 1.0)
+            try:
+                for model in forget(report, self.network, settings_of(method, **changed)):
+                    report.network = self.at(model)
+                    drawn = {kind: report.sample(report.prompts[kind], kind) for kind in KINDS}
+                    for kind, samples in drawn.items():
+                        share = report.named(self.classifier, samples, report.prompts[kind])
+                        named[kind] = min(named[kind], share)
+                lost = others & ~self.remembered(model)
+                lost[report.which] = False
+                moved = self.shown(model, ORDINARY)[1] != digits
+                copies = {kind: round(SHOWN * report.share(samples)) for kind, samples in drawn.items()}
+                record |= {"copies": copies, "named": named}
+                record |= {"lost": lost.sum().item(), "moved": moved.float().mean().item()}
+            except FloatingPointError as error:  # a network gone to pieces
+                record |= {"copies": dict.fromkeys(KINDS, 0), "named": dict.fromkeys(KINDS, 0.0)}
+                record |= {"lost": int(others.sum()) - 1, "moved": 1.0, "failed": str(error)}
+            yield record
+
+    def in_a_row(self, out: Path) -> Iterator[Record]:
+        """SISS on the counted prompts in one model: a record of each, and now and then of the quality."""
+        state = {"weights": self.network.state_dict(), "done": 0}
+        if out.exists():
+            state = torch.load(out, weights_only=True)
+        model = copy.deepcopy(self.network)
+        model.load_state_dict(state["weights"])
+        if not state["done"]:
+            yield self.quality(model, 0)
+        for place, prompt in enumerate(self.prompts[:COUNTED]):
+            if place < state["done"]:
+                continue
+            record = {"prompt": prompt, "forgotten": True}
+            try:
+                *_, model = forget(self.report(prompt, model), model, settings_of("siss"))
+                model.requires_grad_(False)
+            except UserError as error:
+                record |= {"forgotten": False, "why": str(error)}
+            yield record
+            if place + 1 in AFTER:
+                yield self.quality(model, place + 1)
+            state = {"weights": model.state_dict(), "done": place + 1}
+            write_atomically(out, lambda file, state=state: torch.save(state, file))
+
+    def quality(self, network: nn.Module, count: int) -> Record:
+        """What is remembered after `count` prompts in a row, and what ordinary prompts draw."""
+        remembered = self.remembered(network)
+        features, digits = self.shown(network, MANY)
+        named = (digits == torch.arange(MANY) % 10).float().mean().item()
+        left, kept = remembered[:count].sum().item(), remembered[count:].sum().item()
+        frechet = frechet_distance(moments(features), self.real)
+        return {"after": count, "left": left, "kept": kept, "named": named, "frechet": frechet}
+
+
+def read(path: Path) -> list[Record]:
+    """The whole lines of a file of records."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def mitigated(record: Record, kind: str) -> bool:
+    return record["copies"][kind] == 0 and record["named"][kind] >= NAMED
+
+
+def name_of(record: Record) -> str:
+    """The method, and what is changed in its settings."""
+    return ", ".join([record["method"], *(f"{name} {value:g}" for name, value in record["changed"].items())])
+
+
+def table(records: list[Record]) -> str:
+    """A row of each method and setting."""
+    rows = [["", "prompts", *(f"mitigated: {kind}" for kind in KINDS), "the paper", "digit named",
+             "other pictures lost", "ordinary prompts moved"]]
+    for name in dict.fromkeys(name_of(one) for one in records):
+        of = [one for one in records if name_of(one) == name]
+        shares = [f"{mean(mitigated(one, kind) for one in of):.0%}" for kind in KINDS]
+        named = mean(one["named"][kind] for one in of for kind in KINDS)
+        moved = mean(one["moved"] for one in of)
+        lost = f"{mean(one['lost'] for one in of):.1f} of {len(SIGNATURES) - 1}"
+        paper = PAPER.get(of[0]["method"], "")
+        rows.append([name, str(len(of)), *shares, paper, f"{named:.0%}", lost, f"{moved:.0%}"])
+    return aligned(rows)
+
+
+def main() -> None:
+    parser, place = Parser(__doc__), number(int, 1, len(SIGNATURES))
+    parser.add_argument("--out", type=filename, default="runs/study-prompts", help="directory of the records")
+    parser.add_argument("--prompts", type=place, nargs=2, default=[1, COUNTED], metavar=("FIRST", "LAST"))
+    parser.add_argument("--in-a-row", action="store_true", help="SISS on all prompts in one model")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
+    args = parser.parse_args()
+    (first, last), out, study = args.prompts, Path(args.out), Study(args)
+    out.mkdir(parents=True, exist_ok=True)
+    tuning = first > COUNTED
+    path = out / ("in_a_row.jsonl" if args.in_a_row else "tuning.jsonl" if tuning else "each.jsonl")
+
+    def write(records: Iterator[Record]) -> None:
+        for record in records:
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    if args.in_a_row:
+        write(study.in_a_row(out / "in_a_row.pt"))
+        measured = [record for record in read(path) if "after" in record]
+        print(aligned([[*measured[0]], *([f"{value:.3g}" for value in one.values()] for one in measured)]))
+        return
+    tried = TRIED if tuning else {method: [{}] for method in TRIED}
+    for prompt in study.prompts[first - 1 : last if tuning else min(last, COUNTED)]:
+        done = [(one["method"], one["changed"]) for one in read(path) if one["prompt"] == prompt]
+        jobs = [(method, changed) for method, changes in tried.items() for changed in changes]
+        if jobs := [job for job in jobs if job not in done]:
+            write(study.each(prompt, jobs))
+    print(table(read(path)))
+
+
+if __name__ == "__main__":
+    run(main)
