@@ -11,6 +11,7 @@ import copy
 import json
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -184,9 +185,12 @@ class Study:
 
 
 def read(path: Path) -> list[Record]:
-    """The whole lines of a file of records."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a file, one a line, but for those that were cut off."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def mitigated(record: Record, kind: str) -> bool:
@@ -228,7 +232,7 @@ def main() -> None:
     def write(records: Iterator[Record]) -> None:
         for record in records:
             with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write("\n" + json.dumps(record))  # on a line of its own, also after one cut off
 
     if args.in_a_row:
         write(study.in_a_row(out / "in_a_row.pt"))
