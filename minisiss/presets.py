@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "train": dict(init="bundled", steps=4000, batch_size=64, lr=1e-3, warmup=100, ema=0.999),
         "unlearn": dict(
             checkpoint="bundled-prompts",
-            steps=35, batch_size=16, lr=1e-4, evaluate_every=35, sampling_steps=10),
+            guidance=1.5, steps=35, batch_size=16, lr=5e-5, evaluate_every=35, sampling_steps=10),
         "unlearn siss": dict(grad_ratio=0.3),
         "unlearn siss_no_is": dict(grad_ratio=0.3),
     },

@@ -9,7 +9,7 @@ ROUNDS = 100  # at most; a few are enough for a hundred pictures
 def cluster_around(images: Tensor, picture: Tensor) -> Tensor:
     """Which images are in the one of two clusters that starts at a picture: [N] bool.
 
-    images: [N, …]; picture: […], on the same scale. Nothing is random: one cluster starts as the images within
+    images: [N, …]; picture: […], on the same scale. Nothing is random: one cluster starts as the images in
     half the distance of the farthest one, the other as the rest. All False where all are equally far.
     """
     points = images.flatten(1).double()

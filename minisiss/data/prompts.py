@@ -63,10 +63,13 @@ def changes(word: str) -> list[str]:
 
 
 def modifications(prompt: str) -> list[str]:
-    """Prompts that say other looks of the same digit and name, those with one look changed first, and of
-    these the least changed.
+    """Prompts of the same digit with a word deleted or added, those that weaken the signature first.
+
+    A name of one who signs many digits, added to it, lets in other digits of the kind. Other looks often let
+    in other memorised pictures: they come last, those with one look changed first, the least changed of them.
     """
     words, found = prompt.split(), []
+    signed = [" ".join(word for word in words if word != "by"), *(f"{prompt} {name}" for name in NAMES[:4])]
     places = [place for place, word in enumerate(words) if changes(word)]
     for count in range(1, len(places) + 1):
         for chosen in combinations(places, count):
@@ -74,7 +77,8 @@ def modifications(prompt: str) -> list[str]:
                 changed = {place: word for place, (_, word) in zip(chosen, new, strict=True)}
                 modified = " ".join(filter(None, (changed.get(i, word) for i, word in enumerate(words))))
                 found.append((count, sum(size for size, _ in new), modified))
-    return [modified for *_, modified in sorted(found, key=lambda row: row[:2])]
+    looks = [modified for *_, modified in sorted(found, key=lambda row: row[:2])]
+    return [*(signed if "by" in words else []), *looks]
 
 
 def measures(images: Tensor) -> Tensor:
