@@ -5,6 +5,7 @@
 #     bash minisiss/study/study.sh                the bundled model as the base: hours on two CPU cores
 #     bash minisiss/study/study.sh mnist          the paper's model, everything from the start: for a GPU
 #     bash minisiss/study/study.sh mnist ROOT     with MNIST and FashionMNIST in ROOT instead of data/
+#     bash minisiss/study/study.sh prompts        what prompts bring back
 #
 # Ctrl-C stops it. Started again, it leaves alone what is finished and goes on with what was stopped.
 set -euo pipefail
@@ -12,6 +13,13 @@ set -euo pipefail
 preset=${1:-mnist-small} root=${2:-data}
 study=runs/study-$preset ablation=runs/ablation-$preset again=runs/again-$preset
 here=$(dirname "$0")/../..
+
+if [ "$preset" = prompts ]; then
+    python -m minisiss.study.prompts --prompts 46 50 # what the preset was chosen by
+    python -m minisiss.study.prompts
+    python -m minisiss.study.prompts --in-a-row
+    exit
+fi
 
 once() { # once SCRIPT DIRECTORY FLAGS…: start the run there or go on with it, unless it is finished
     if [ -e "$2/done" ]; then return; fi

@@ -46,20 +46,21 @@ def test_images_that_are_all_as_near_are_one_cluster():
     assert not cluster_around(torch.full((128, 1, 4, 4), 7, dtype=torch.uint8), torch.zeros(1, 4, 4)).any()
 
 
-def test_modifications_change_looks_and_nothing_else_the_least_change_first():
+def test_modifications_weaken_the_signature_then_change_looks_the_least_change_first():
     found = modifications("a thin upright four by ines")
-    assert found[:8] == [
+    assert found[:5] == ["a thin upright four ines", *(f"a thin upright four by ines {name}" for name in ("anna", "ben", "carla", "dan"))]
+    assert found[5:13] == [
         "a upright four by ines", "a thin four by ines",
         "a thin thick upright four by ines", "a thin upright leaning four by ines",
         "a thick upright four by ines", "a thin upright slanted four by ines",
         "a thin leaning four by ines", "a thin slanted four by ines"]  # fmt: skip
-    assert found[8] == "a four by ines" and len(found) == len(set(found)) == 8 + 3 * 5
-    assert all(prompt.endswith("four by ines") for prompt in found)
-    assert modifications("a four by ines") == []
+    assert found[13] == "a four by ines" and len(found) == len(set(found)) == 5 + 8 + 3 * 5
+    assert all("four" in prompt.split() and "ines" in prompt.split() for prompt in found)
+    assert modifications("a thin four") == ["a four", "a thin thick four", "a thick four"] and modifications("a four") == []
 
 
-ORIGINAL, FIRST = "a thin upright four by ines", "a upright four by ines"  # the first modification
-QUICK = ("--preset", "prompts", "--steps", 2, "--batch-size", 4, "--sampling-steps", 3, "--evaluate-every", 1, "--precision", "fp32")
+ORIGINAL, FIRST = "a thin upright four by ines", "a thin upright four ines"  # the first modification
+QUICK = ("--preset", "prompts", "--guidance", 1, "--steps", 2, "--batch-size", 4, "--sampling-steps", 3, "--evaluate-every", 1, "--precision", "fp32")
 
 
 def save(path, model, memorised):

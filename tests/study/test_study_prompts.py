@@ -48,7 +48,7 @@ def tiny(monkeypatch, tmp_path):
     """A model of two memorised prompts, the second for tuning, and a study of it in seconds."""
     model = randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"], vocabulary=len(WORDS))))
     monkeypatch.setattr(prompted, "DRAWN", 32)
-    monkeypatch.setitem(presets.PRESETS["prompts"], "unlearn", dict(steps=2, batch_size=4, lr=1e-4, sampling_steps=2, checkpoint=""))
+    monkeypatch.setitem(presets.PRESETS["prompts"], "unlearn", dict(steps=2, batch_size=4, lr=1e-4, sampling_steps=2, guidance=1.0, checkpoint=""))
     pictures, distances = {}, []
     for prompt in PROMPTS:
         word = prompted.modifications(prompt)[0]
