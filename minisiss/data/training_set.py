@@ -93,8 +93,10 @@ def load_training_set(
 
     Raises UserError as well where a batch is larger than a folder, or A is to be excluded and is empty.
     """
-    if getattr(args, "prompt", None) is not None:
-        raise UserError(f"--prompt '{args.prompt}': --data {args.data} has no prompts; try --preset prompts")
+    for name, unset in (("prompt", None), ("guidance", 1.0), ("fixed_prompt", "original")):
+        if (value := getattr(args, name, unset)) != unset:
+            flag = f"--{name.replace('_', '-')} '{value}'"
+            raise UserError(f"{flag}: --data {args.data} has no prompts; try --preset prompts")
     found = world.rank_0_first(lambda: training_set(
         args.data, args.data_root, args.forget, image_shape, args.skip_unreadable, before, args.seed))
     kept = len(found.keep)
