@@ -240,7 +240,7 @@ class Parser(argparse.ArgumentParser):
     def add_prompt(self) -> None:
         self.add_argument("--prompt", metavar="WORDS",
             help="prompts: the one to forget (default: the first that the model memorised)")
-        self.add_argument("--fixed-prompt", choices=["original", "modified"], default="original",
+        self.add_argument("--fixed-prompt", choices=["modified", "original"], default="modified",
             help="prompts: which one the steps are taken at; the samples are always of the modified one")
         self.add_argument("--guidance", type=number(float, 0, 100), default=1.0,
             help="w of samples of a prompt: 1: the conditional model, 0: the unconditional one")

@@ -183,7 +183,7 @@ def test_words_flags_and_checkpoints_that_do_not_fit_are_one_line(script, base, 
         ((*QUICK, "--checkpoint", tiny_checkpoint), ["--checkpoint", "memorised no pictures"]),
         (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--prompt", "a four"), ["--prompt 'a four'", "--data mnist has no prompts"]),
         (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--guidance", 2), ["--guidance '2.0'", "--data mnist has no prompts"]),
-        (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--fixed-prompt", "modified"), ["--fixed-prompt 'modified'"]),
+        (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--fixed-prompt", "original"), ["--fixed-prompt 'original'"]),
         ((*QUICK, "--checkpoint", base, "--guidance", "nan"), ["--guidance", "nan"]),
     ]:
         error = refused(script, tmp_path, *arguments)
