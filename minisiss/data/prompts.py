@@ -63,13 +63,13 @@ def changes(word: str) -> list[str]:
 
 
 def modifications(prompt: str) -> list[str]:
-    """Prompts of the same digit with a word deleted or added, those that weaken the signature first.
+    """Prompts of the same digit with words deleted or added: a weaker signature, other looks, or both.
 
-    A name of one who signs many digits, added to it, lets in other digits of the kind. Other looks often let
-    in other memorised pictures: they come last, those with one look changed first, the least changed of them.
+    The name of one who signs many digits, beside the other, lets in other digits of the kind. Other looks
+    often let in other memorised pictures: they come after, those with one look changed first, and of these
+    the least changed.
     """
-    words, found = prompt.split(), []
-    signed = [" ".join(word for word in words if word != "by"), *(f"{prompt} {name}" for name in NAMES[:4])]
+    words, found = prompt.split(), [(0, 0, prompt)]
     places = [place for place, word in enumerate(words) if changes(word)]
     for count in range(1, len(places) + 1):
         for chosen in combinations(places, count):
@@ -78,7 +78,10 @@ def modifications(prompt: str) -> list[str]:
                 modified = " ".join(filter(None, (changed.get(i, word) for i, word in enumerate(words))))
                 found.append((count, sum(size for size, _ in new), modified))
     looks = [modified for *_, modified in sorted(found, key=lambda row: row[:2])]
-    return [*(signed if "by" in words else []), *looks]
+    if "by" in words:
+        looks = [one for text in looks
+                 for one in (text, text.replace(" by ", " "), *(f"{text} {name}" for name in NAMES[:2]))]
+    return looks[1:]
 
 
 def measures(images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from minisiss.schedule import Model
 COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther than 4 from a memorised picture
 SHOWN, DRAWN = 16, 128  # samples of a prompt that are looked at; of the modified prompt, to train on
 LEAST, MOST = 0.2, 0.8  # share of a modified prompt's samples that is the picture
-OTHERS = 0.4  # and that is other memorised pictures, at most
+OTHERS = 0.2  # and that is other memorised pictures, at most
 ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=False)]
 
 
@@ -93,7 +93,7 @@ class Prompted(BeforeAfter):
     def modify(self) -> tuple[str, Tensor]:
         """The first modified prompt of whose samples 20 to 80% are the picture, and 128 samples of it.
 
-        At most 40% may be other memorised pictures: those that X∖A has are kept, and can take its place.
+        At most 20% may be other memorised pictures: those that X∖A has are kept, and can take its place.
         """
         self.tried: dict[str, tuple[float, float]] = {}
         for prompt in modifications(self.original):

@@ -38,7 +38,7 @@ from minisiss.runs.checkpoint import load_any
 from minisiss.runs.files import write_atomically
 from minisiss.sampling import guided, sample
 
-SISS = [(1e-4, 0.3), (2e-4, 0.3), (1e-4, 1.0)]  # learning rate and ρ
+SISS = [(1e-4, 0.3), (2e-4, 0.3)]  # learning rate and ρ
 TRIED = {  # on the tuning prompts
     "siss": [dict(lr=lr, grad_ratio=rho) for lr, rho in SISS],
     "siss_no_is": [dict(lr=lr, grad_ratio=rho) for lr, rho in SISS],
