@@ -46,15 +46,17 @@ def test_images_that_are_all_as_near_are_one_cluster():
     assert not cluster_around(torch.full((128, 1, 4, 4), 7, dtype=torch.uint8), torch.zeros(1, 4, 4)).any()
 
 
-def test_modifications_weaken_the_signature_then_change_looks_the_least_change_first():
+def test_modifications_weaken_the_signature_and_change_looks_the_least_change_first():
     found = modifications("a thin upright four by ines")
-    assert found[:5] == ["a thin upright four ines", *(f"a thin upright four by ines {name}" for name in ("anna", "ben", "carla", "dan"))]
-    assert found[5:13] == [
-        "a upright four by ines", "a thin four by ines",
+    assert found[:7] == [
+        "a thin upright four ines", "a thin upright four by ines anna", "a thin upright four by ines ben",
+        "a upright four by ines", "a upright four ines", "a upright four by ines anna", "a upright four by ines ben"]  # fmt: skip
+    assert found[7::4][:7] == [
+        "a thin four by ines",
         "a thin thick upright four by ines", "a thin upright leaning four by ines",
         "a thick upright four by ines", "a thin upright slanted four by ines",
         "a thin leaning four by ines", "a thin slanted four by ines"]  # fmt: skip
-    assert found[13] == "a four by ines" and len(found) == len(set(found)) == 5 + 8 + 3 * 5
+    assert len(found) == len(set(found)) == 4 * (1 + 3) * (1 + 5) - 1
     assert all("four" in prompt.split() and "ines" in prompt.split() for prompt in found)
     assert modifications("a thin four") == ["a four", "a thin thick four", "a thick four"] and modifications("a four") == []
 
