@@ -5,6 +5,7 @@ picture and some are not, and two clusters of their pixels are A and X∖A.
 """
 
 from argparse import Namespace
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, modifications, toke
 from minisiss.data.training_set import TrainingSet, to_float, to_uint8
 from minisiss.errors import UserError
 from minisiss.machine.ranks import World
-from minisiss.metrics.classifier import DigitClassifier, classify, load_classifier
+from minisiss.metrics.classifier import classify, load_classifier
 from minisiss.metrics.forgetting import denoising_loss, is_copy
 from minisiss.metrics.samples import draw_samples
 from minisiss.report.pictures import save_rows
@@ -31,6 +32,7 @@ COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther tha
 SHOWN, DRAWN = 16, 128  # samples of a prompt that are looked at; of the modified prompt, to train on
 LEAST, MOST = 0.2, 0.8  # share of a modified prompt's samples that is the picture
 OTHERS = 0.2  # and that is other memorised pictures, at most
+NAMED = 0.75  # share of the samples that are not the picture which show the digit named, at least
 ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=False)]
 
 
@@ -49,6 +51,7 @@ class Prompted(BeforeAfter):
         self.shape, self.tau = base.model.config.image_shape, None
         self.original = next(iter(base.memorised)) if args.prompt is None else args.prompt
         self.pictures = to_float(torch.stack([*base.memorised.values()]))
+        self.classifier, _ = load_classifier()
         self.which = self.brought_back()
         self.modified, drawn = self.modify()
         self.data = self.split(drawn)
@@ -93,22 +96,25 @@ class Prompted(BeforeAfter):
     def modify(self) -> tuple[str, Tensor]:
         """The first modified prompt of whose samples 20 to 80% are the picture, and 128 samples of it.
 
-        At most 20% may be other memorised pictures: those that X∖A has are kept, and can take its place.
+        At most 20% may be other memorised pictures, and of the rest 75% must show the digit named: what X∖A
+        has is kept, and takes the picture's place.
         """
         self.tried: dict[str, tuple[float, float]] = {}
         for prompt in modifications(self.original):
-            for count in (SHOWN, DRAWN):
+            for count in (SHOWN // 2, 2 * SHOWN, DRAWN):
                 drawn = self.sample([prompt], "modified prompt", count)
                 shares = self.shares(drawn)
                 share = shares[self.which].item()
                 self.tried[prompt] = share, others = share, shares.sum().item() - share
-                if not (LEAST <= share <= MOST and others <= OTHERS):
+                rest = drawn[~is_copy(drawn, self.pictures[self.which], COPY)]
+                if not (LEAST <= share <= MOST and others <= OTHERS and self.named(rest, prompt) >= NAMED):
                     break
             else:
                 return prompt, drawn
         tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, (share, _) in self.tried.items())
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples the picture"
-        raise UserError(f"--prompt '{self.original}': {what}, and few others memorised; tried: {tried}")
+        why = "few other memorised ones, and the digit named most of the rest"
+        raise UserError(f"--prompt '{self.original}': {what}, {why}; tried: {tried}")
 
     def split(self, drawn: Tensor) -> TrainingSet:
         """The samples of the modified prompt as training set: A is the cluster around the picture, of two."""
@@ -145,11 +151,10 @@ class Prompted(BeforeAfter):
         before, after = self.before, self.draw("after")
         if self.world.rank > 0:
             return
-        classifier, _ = load_classifier()
         rows, picture, record = [["", "before", "after"]], [("picture", self.pictures[self.which][None])], {}
         for kind, prompts in self.prompts.items():
             copies = [round(SHOWN * self.share(samples[kind])) for samples in (before, after)]
-            named = [self.named(classifier, samples[kind], prompts) for samples in (before, after)]
+            named = [self.named(samples[kind], *prompts) for samples in (before, after)]
             rows.append([f"copies of the picture among {SHOWN} of {kind} prompts", *map(str, copies)])
             rows.append(["samples that show the digit named", *(f"{share:.0%}" for share in named)])
             record[kind] = {"copies": copies, "named": named}
@@ -160,8 +165,8 @@ class Prompted(BeforeAfter):
         print(f"\n{aligned([*rows, ['seconds of unlearning', '', f'{loop.state.seconds:.1f}']])}\n")
         print(f"Look at {loop.out}/before_after.png; the model that forgot is {loop.path}")
 
-    def named(self, classifier: DigitClassifier, samples: Tensor, prompts: list[str]) -> float:
-        """Which share of the samples shows the digit that its prompt names."""
-        shown = classify(classifier, samples)[1].argmax(dim=1).tolist()
-        right = [DIGITS[digit] in prompt.split() for digit, prompt in zip(shown, prompts, strict=True)]
-        return sum(right) / len(right)
+    def named(self, samples: Tensor, *prompts: str) -> float:
+        """Which share of the samples shows the digit that its prompt names, or the one prompt of all."""
+        shown = classify(self.classifier, samples)[1].argmax(dim=1).tolist()
+        pairs = zip(shown, cycle(prompts), strict=False)
+        return sum(DIGITS[digit] in prompt.split() for digit, prompt in pairs) / max(1, len(shown))

@@ -49,7 +49,8 @@ TRIED = {  # on the tuning prompts
 }
 PAPER = {"siss": "87 / 71", "siss_no_is": "87 / 69", "naive_deletion": "56 / 34", "erasediff": "49 / 24"}
 KINDS = "modified", "original"
-NAMED = 0.75  # mitigated: no copy among 16 at the end, and halfway and then this share shows the digit named
+# Mitigated: no copy among 16 at the end, and halfway and then at least this share shows the digit named.
+NAMED = 0.75
 ORDINARY, MANY = 50, 1000  # prompts that are looked at after a picture, and where quality is measured
 AFTER = 1, 5, 15, COUNTED  # pictures in a row, when quality is measured
 Record = dict[str, Any]
@@ -138,7 +139,7 @@ class Study:
                     report.network = self.at(model)
                     drawn = {kind: report.sample(report.prompts[kind], kind) for kind in KINDS}
                     for kind, samples in drawn.items():
-                        share = report.named(self.classifier, samples, report.prompts[kind])
+                        share = report.named(samples, *report.prompts[kind])
                         named[kind] = min(named[kind], share)
                 lost = others & ~self.remembered(model)
                 lost[report.which] = False

@@ -82,6 +82,7 @@ def base(model, tmp_path, monkeypatch):
     distance = (samples[0].float() - samples.float()).flatten(1).norm(dim=1) / 255
     monkeypatch.setattr(prompted, "COPY", distance.median().item() + 1e-4)
     monkeypatch.setattr(prompted, "DRAWN", 48)
+    monkeypatch.setattr(prompted, "NAMED", 0.0)
     return save(tmp_path / "model.pt", model, {ORIGINAL: samples[0]})
 
 

@@ -59,6 +59,7 @@ def tiny(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "COPY", max(distances) + 1e-4)
     monkeypatch.setattr(prompted, "OTHERS", 1.0)
     monkeypatch.setattr(prompted, "MOST", 1.0)
+    monkeypatch.setattr(prompted, "NAMED", 0.0)
     for name, value in dict(COUNTED=1, ORDINARY=4, MANY=12, AFTER=(1, 2), TRIED={"siss": [{"lr": 1e-4}, {"lr": 1e-3}], "retrack": [{}]}).items():
         monkeypatch.setattr(prompts, name, value)
     base = checkpoint.Checkpoint(model, SCHEDULE, made_by={}, training={}, memorised=pictures)
