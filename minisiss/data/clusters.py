@@ -1,6 +1,5 @@
 """Two clusters of pictures, by k-means (Lloyd 1982)."""
 
-import torch
 from torch import Tensor
 
 ROUNDS = 100  # at most; a few are enough for a hundred pictures
@@ -12,7 +11,7 @@ def cluster_around(images: Tensor, picture: Tensor) -> Tensor:
     images: [N, …]; picture: […], on the same scale. All False where all are equally far. (Two clusters of the
     pixels themselves put many digits of the same kind beside the copies: they are too much alike.)
     """
-    distances = (images - picture).flatten(1).double().norm(dim=1)
+    distances = (images.double() - picture.double()).flatten(1).norm(dim=1)
     inside = distances < distances.max() / 2
     for _ in range(ROUNDS if inside.any() else 0):
         middle = (distances[inside].mean() + distances[~inside].mean()) / 2

@@ -1,7 +1,7 @@
 """Forgetting what a prompt brings back: a modified prompt, samples of it as training set, before and after.
 
 As the paper does with Stable Diffusion: the memorised prompt is modified until some of its samples are the
-picture and some are not, and two clusters of their pixels are A and X∖A.
+picture and some are not, and two clusters of these are A and X∖A.
 """
 
 from argparse import Namespace

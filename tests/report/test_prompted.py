@@ -171,7 +171,7 @@ def test_a_prompt_without_a_modified_one_is_one_line_that_says_what_was_tried(di
 def test_a_modified_prompt_that_brings_back_another_memorised_picture_too_is_none(model, base, tmp_path, script):
     (picture, *_) = checkpoint.load(base).memorised.values()
     path = save(tmp_path / "two.pt", model, {ORIGINAL: picture, "a nine by otto": picture})
-    assert "few others memorised" in refused(script, tmp_path, *QUICK, "--checkpoint", path, "--prompt", ORIGINAL)
+    assert "few other memorised" in refused(script, tmp_path, *QUICK, "--checkpoint", path, "--prompt", ORIGINAL)
 
 
 def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):
