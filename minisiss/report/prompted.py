@@ -106,8 +106,9 @@ class Prompted(BeforeAfter):
                 shares = self.shares(drawn)
                 share = shares[self.which].item()
                 self.tried[prompt] = share, others = share, shares.sum().item() - share
-                rest = drawn[~is_copy(drawn, self.pictures[self.which], COPY)]
-                if not (LEAST <= share <= MOST and others <= OTHERS and self.named(rest, prompt) >= NAMED):
+                near = cluster_around(drawn, self.pictures[self.which])
+                enough = LEAST <= share and near.float().mean() <= MOST  # some of A, and some of X∖A
+                if not (enough and others <= OTHERS and self.named(drawn[~near], prompt) >= NAMED):
                     break
             else:
                 return prompt, drawn
