@@ -107,7 +107,7 @@ class Prompted(BeforeAfter):
                 share = shares[self.which].item()
                 self.tried[prompt] = share, others = share, shares.sum().item() - share
                 near = cluster_around(drawn, self.pictures[self.which])
-                enough = LEAST <= share and near.float().mean() <= MOST  # some of A, and some of X∖A
+                enough = share >= LEAST and near.float().mean() <= MOST  # some of A, and some of X∖A
                 if not (enough and others <= OTHERS and self.named(drawn[~near], prompt) >= NAMED):
                     break
             else:
