@@ -41,7 +41,7 @@ class Prompted(BeforeAfter):
 
     `data` is the training set, samples of the modified prompt, and `prompt`, as tokens, the one that is held
     fixed while the network is trained on it, the original or the modified one. Raises UserError where there
-    is nothing to forget, or no modified prompt, or its samples are not of two kinds.
+    is nothing to forget, and where no modified prompt has samples of two kinds.
     """
 
     def __init__(self, args: Namespace, base: Checkpoint, model: Model, world: World) -> None:
@@ -107,22 +107,19 @@ class Prompted(BeforeAfter):
                 share = shares[self.which].item()
                 self.tried[prompt] = share, others = share, shares.sum().item() - share
                 near = cluster_around(drawn, self.pictures[self.which])
-                enough = share >= LEAST and near.float().mean() <= MOST  # some of A, and some of X∖A
-                if not (enough and others <= OTHERS and self.named(drawn[~near], prompt) >= NAMED):
+                two = share >= LEAST and LEAST <= near.float().mean() <= MOST  # kinds of samples, A and X∖A
+                if not (two and others <= OTHERS and self.named(drawn[~near], prompt) >= NAMED):
                     break
             else:
                 return prompt, drawn
         tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, (share, _) in self.tried.items())
-        what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples the picture"
+        what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples in the picture's cluster"
         why = "few other memorised ones, and the digit named most of the rest"
         raise UserError(f"--prompt '{self.original}': {what}, {why}; tried: {tried}")
 
     def split(self, drawn: Tensor) -> TrainingSet:
         """The samples of the modified prompt as training set: A is the cluster around the picture, of two."""
         near = cluster_around(drawn, self.pictures[self.which])
-        if not near.any():
-            what = f"all {len(drawn)} samples of '{self.modified}' are in one cluster"
-            raise UserError(f"--prompt '{self.original}': {what}")
         images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)
         return TrainingSet(images, int(near.sum()), name="picture", world=self.world)
 

@@ -38,7 +38,7 @@ from minisiss.runs.checkpoint import load_any
 from minisiss.runs.files import write_atomically
 from minisiss.sampling import guided, sample
 
-SISS = [(1e-4, 0.3), (2e-4, 0.3)]  # learning rate and ρ
+SISS = [(1e-4, 0.3), (2e-4, 0.3), (3e-4, 0.3)]  # learning rate and ρ
 TRIED = {  # on the tuning prompts
     "siss": [dict(lr=lr, grad_ratio=rho) for lr, rho in SISS],
     "siss_no_is": [dict(lr=lr, grad_ratio=rho) for lr, rho in SISS],
@@ -247,7 +247,10 @@ def main() -> None:
         done = [(one["method"], one["changed"]) for one in read(path) if one["prompt"] == prompt]
         jobs = [(method, changed) for method in args.methods for changed in tried[method]]
         if jobs := [job for job in jobs if job not in done]:
-            write(study.each(prompt, jobs))
+            try:
+                write(study.each(prompt, jobs))
+            except UserError as error:  # no modified prompt
+                print(error)
     print(table(read(path)))
 
 
