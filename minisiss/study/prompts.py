@@ -129,7 +129,14 @@ class Study:
 
     def each(self, prompt: str, jobs: list[tuple[str, Record]]) -> Iterator[Record]:
         """A record of each job, a method and what is changed in its settings: one picture is forgotten."""
-        report = self.report(prompt, self.network)
+        try:
+            report = self.report(prompt, self.network)
+        except UserError as error:  # there is no modified prompt: nothing is done
+            for method, changed in jobs:
+                record = {"prompt": prompt, "method": method, "changed": changed, "failed": str(error)}
+                as_before = {"copies": dict.fromkeys(KINDS, SHOWN), "named": dict.fromkeys(KINDS, 1.0)}
+                yield record | as_before | {"lost": 0, "moved": 0.0}
+            return
         others, (_, digits) = self.remembered(self.network), self.shown(self.network, ORDINARY)
         for method, changed in jobs:
             record = {"prompt": prompt, "modified": report.modified, "method": method, "changed": changed}
@@ -247,10 +254,7 @@ def main() -> None:
         done = [(one["method"], one["changed"]) for one in read(path) if one["prompt"] == prompt]
         jobs = [(method, changed) for method in args.methods for changed in tried[method]]
         if jobs := [job for job in jobs if job not in done]:
-            try:
-                write(study.each(prompt, jobs))
-            except UserError as error:  # no modified prompt
-                print(error)
+            write(study.each(prompt, jobs))
     print(table(read(path)))
 
 

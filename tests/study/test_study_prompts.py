@@ -58,8 +58,8 @@ def tiny(monkeypatch, tmp_path):
     for module in (prompted, prompts):
         monkeypatch.setattr(module, "COPY", max(distances) + 1e-4)
     monkeypatch.setattr(prompted, "OTHERS", 1.0)
-    monkeypatch.setattr(prompted, "MOST", 1.0)
-    monkeypatch.setattr(prompted, "NAMED", 0.0)
+    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("NAMED", 0.0):  # its samples are no digits, and all as far apart
+        monkeypatch.setattr(prompted, limit, value)
     for name, value in dict(COUNTED=1, ORDINARY=4, MANY=12, AFTER=(1, 2), TRIED={"siss": [{"lr": 1e-4}, {"lr": 1e-3}], "retrack": [{}]}).items():
         monkeypatch.setattr(prompts, name, value)
     base = checkpoint.Checkpoint(model, SCHEDULE, made_by={}, training={}, memorised=pictures)
@@ -110,3 +110,11 @@ def test_a_network_gone_to_pieces_has_mitigated_nothing(tiny, monkeypatch):
     study = prompts.Study(Namespace(device="cpu"))
     (found,) = study.each(PROMPTS[0], [("siss", {})])
     assert "failed" in found and not any(prompts.mitigated(found, kind) for kind in prompts.KINDS)
+
+
+def test_a_prompt_without_a_modified_one_is_not_mitigated(tiny, monkeypatch):
+    monkeypatch.setattr(prompted, "COPY", 1e-6)
+    study = prompts.Study(Namespace(device="cpu"))
+    found = [*study.each(PROMPTS[0], [("siss", {}), ("retrack", {})])]
+    assert [one["method"] for one in found] == ["siss", "retrack"]
+    assert all("nothing to forget" in one["failed"] and not prompts.mitigated(one, kind) for one in found for kind in prompts.KINDS)
