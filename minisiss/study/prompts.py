@@ -38,7 +38,7 @@ from minisiss.runs.checkpoint import load_any
 from minisiss.runs.files import write_atomically
 from minisiss.sampling import guided, sample
 
-SISS = [(1e-4, 0.3), (2e-4, 0.3), (3e-4, 0.3)]  # learning rate and ρ
+SISS = [(1e-4, 0.3), (2e-4, 0.3), (3e-4, 0.3), (2e-4, 0.1), (3e-4, 0.1)]  # learning rate and ρ
 TRIED = {  # on the tuning prompts
     "siss": [dict(lr=lr, grad_ratio=rho) for lr, rho in SISS],
     "siss_no_is": [dict(lr=lr, grad_ratio=rho) for lr, rho in SISS],
@@ -134,20 +134,19 @@ class Study:
         except UserError as error:  # there is no modified prompt: nothing is done
             for method, changed in jobs:
                 record = {"prompt": prompt, "method": method, "changed": changed, "failed": str(error)}
-                as_before = {"copies": dict.fromkeys(KINDS, SHOWN), "named": dict.fromkeys(KINDS, 1.0)}
+                as_before = {"copies": dict.fromkeys(KINDS, SHOWN), "named": dict.fromkeys(KINDS, [1.0])}
                 yield record | as_before | {"lost": 0, "moved": 0.0}
             return
         others, (_, digits) = self.remembered(self.network), self.shown(self.network, ORDINARY)
         for method, changed in jobs:
             record = {"prompt": prompt, "modified": report.modified, "method": method, "changed": changed}
-            named = dict.fromkeys(KINDS, 1.0)
+            named: dict[str, list[float]] = {kind: [] for kind in KINDS}  # halfway, and at the end
             try:
                 for model in forget(report, self.network, settings_of(method, **changed)):
                     report.network = self.at(model)
                     drawn = {kind: report.sample(report.prompts[kind], kind) for kind in KINDS}
                     for kind, samples in drawn.items():
-                        share = report.named(samples, *report.prompts[kind])
-                        named[kind] = min(named[kind], share)
+                        named[kind].append(report.named(samples, *report.prompts[kind]))
                 lost = others & ~self.remembered(model)
                 lost[report.which] = False
                 moved = self.shown(model, ORDINARY)[1] != digits
@@ -155,7 +154,7 @@ class Study:
                 record |= {"copies": copies, "named": named}
                 record |= {"lost": lost.sum().item(), "moved": moved.float().mean().item()}
             except FloatingPointError as error:  # a network gone to pieces
-                record |= {"copies": dict.fromkeys(KINDS, 0), "named": dict.fromkeys(KINDS, 0.0)}
+                record |= {"copies": dict.fromkeys(KINDS, 0), "named": dict.fromkeys(KINDS, [0.0])}
                 record |= {"lost": int(others.sum()) - 1, "moved": 1.0, "failed": str(error)}
             yield record
 
@@ -203,7 +202,7 @@ def read(path: Path) -> list[Record]:
 
 
 def mitigated(record: Record, kind: str) -> bool:
-    return record["copies"][kind] == 0 and record["named"][kind] >= NAMED
+    return record["copies"][kind] == 0 and min(record["named"][kind]) >= NAMED
 
 
 def name_of(record: Record) -> str:
@@ -218,7 +217,7 @@ def table(records: list[Record]) -> str:
     for name in dict.fromkeys(name_of(one) for one in records):
         of = [one for one in records if name_of(one) == name]
         shares = [f"{mean(mitigated(one, kind) for one in of):.0%}" for kind in KINDS]
-        named = mean(one["named"][kind] for one in of for kind in KINDS)
+        named = mean(min(one["named"][kind]) for one in of for kind in KINDS)
         moved = mean(one["moved"] for one in of)
         lost = f"{mean(one['lost'] for one in of):.1f} of {len(SIGNATURES) - 1}"
         paper = PAPER.get(of[0]["method"], "")

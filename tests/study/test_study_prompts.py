@@ -20,7 +20,7 @@ SCHEDULE, PROMPTS = NoiseSchedule.linear(), ["a thin upright four by ines", "a t
 
 
 def record(copies=(0, 0), named=(1.0, 1.0), method="siss", **changed):
-    kinds = [dict(zip(prompts.KINDS, values, strict=True)) for values in (copies, named)]
+    kinds = [dict(zip(prompts.KINDS, values, strict=True)) for values in (copies, ([1.0, share] for share in named))]
     return {"prompt": "", "method": method, "changed": changed, "copies": kinds[0], "named": kinds[1], "lost": 2, "moved": 0.25}
 
 
