@@ -134,7 +134,7 @@ class Study:
         except UserError as error:  # there is no modified prompt: nothing is done
             for method, changed in jobs:
                 record = {"prompt": prompt, "method": method, "changed": changed, "failed": str(error)}
-                as_before = {"copies": dict.fromkeys(KINDS, SHOWN), "named": dict.fromkeys(KINDS, [1.0])}
+                as_before = {"copies": dict.fromkeys(KINDS, SHOWN), "named": {kind: [1.0] for kind in KINDS}}
                 yield record | as_before | {"lost": 0, "moved": 0.0}
             return
         others, (_, digits) = self.remembered(self.network), self.shown(self.network, ORDINARY)
@@ -154,7 +154,7 @@ class Study:
                 record |= {"copies": copies, "named": named}
                 record |= {"lost": lost.sum().item(), "moved": moved.float().mean().item()}
             except FloatingPointError as error:  # a network gone to pieces
-                record |= {"copies": dict.fromkeys(KINDS, 0), "named": dict.fromkeys(KINDS, [0.0])}
+                record |= {"copies": dict.fromkeys(KINDS, 0), "named": {kind: [0.0] for kind in KINDS}}
                 record |= {"lost": int(others.sum()) - 1, "moved": 1.0, "failed": str(error)}
             yield record
 
