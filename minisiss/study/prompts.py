@@ -38,11 +38,11 @@ from minisiss.runs.checkpoint import load_any
 from minisiss.runs.files import write_atomically
 from minisiss.sampling import guided, sample
 
-SISS = [(1e-4, 0.3), (2e-4, 0.3), (3e-4, 0.3), (2e-4, 0.1), (3e-4, 0.1)]  # learning rate and ρ
+SISS = [(1e-4, 0.3), (2e-4, 0.1), (2e-4, 0.3), (3e-4, 0.1), (3e-4, 0.2), (3e-4, 0.3)]  # learning rate and ρ
 TRIED = {  # on the tuning prompts
     "siss": [dict(lr=lr, grad_ratio=rho) for lr, rho in SISS],
     "siss_no_is": [dict(lr=lr, grad_ratio=rho) for lr, rho in SISS],
-    "naive_deletion": [dict(lr=lr) for lr in (2e-4, 5e-4)],
+    "naive_deletion": [dict(lr=lr) for lr in (2e-4, 3e-4, 5e-4)],
     "erasediff": [dict(lr=lr) for lr in (1e-5, 3e-5)],
     "neggrad": [dict(lr=lr) for lr in (1e-5, 3e-5)],
     "retrack": [dict(lr=lr) for lr in (2e-4, 5e-4)],
