@@ -10,6 +10,7 @@ from itertools import combinations, product
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minisiss.errors import UserError
 
@@ -47,6 +48,11 @@ def tokens(prompt: str) -> Tensor:
             near = difflib.get_close_matches(word, WORDS, cutoff=0) or WORDS[1:4]
             raise UserError(f"--prompt '{prompt}': no word '{word}'; the nearest are {', '.join(near)}")
     return torch.tensor([[TOKENS[word] for word in prompt.split()] or [0]])
+
+
+def padded(prompts: list[str]) -> Tensor:
+    """The words of prompts, one a row, [n, words]: 0, at the end of the shorter ones, adds nothing."""
+    return pad_sequence([tokens(prompt)[0] for prompt in prompts], batch_first=True)
 
 
 def text(caption: Tensor) -> str:

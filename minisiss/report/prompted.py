@@ -9,11 +9,10 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from minisiss.data.clusters import cluster_around
-from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, modifications, tokens
+from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, modifications, padded, tokens
 from minisiss.data.training_set import TrainingSet, to_float, to_uint8
 from minisiss.errors import UserError
 from minisiss.machine.ranks import World
@@ -53,8 +52,7 @@ class Prompted(BeforeAfter):
         self.pictures = to_float(torch.stack([*base.memorised.values()]))
         self.classifier, _ = load_classifier()
         self.which = self.brought_back()
-        self.modified, drawn = self.modify()
-        self.data = self.split(drawn)
+        self.modified, self.data = self.modify()
         fixed = self.original if args.fixed_prompt == "original" else self.modified
         self.prompt = tokens(fixed).to(self.data.images.device)
         self.model = guided(model, self.prompt, args.guidance)
@@ -70,8 +68,7 @@ class Prompted(BeforeAfter):
         The noise is the same for every prompt and model.
         """
         args, device = self.args, self.schedule.gamma.device
-        rows = [tokens(prompt)[0] for prompt in prompts]
-        model = guided(self.network, pad_sequence(rows, batch_first=True).to(device), args.guidance)
+        model = guided(self.network, padded(prompts).to(device), args.guidance)
         return to_float(draw_samples(
             model, self.schedule, count, self.shape, seed=args.seed, steps=args.sampling_steps, eta=args.eta,
             batch_size=SHOWN, world=self.world, title=title))
@@ -93,11 +90,12 @@ class Prompted(BeforeAfter):
         """Which share of the samples is the picture to forget."""
         return self.shares(samples)[self.which].item()
 
-    def modify(self) -> tuple[str, Tensor]:
-        """The first modified prompt of whose samples 20 to 80% are the picture, and 128 samples of it.
+    def modify(self) -> tuple[str, TrainingSet]:
+        """The first modified prompt of whose samples 20 to 80% are the picture, and 128 of them.
 
         At most 20% may be other memorised pictures, and of the rest 75% must show the digit named: what X∖A
-        has is kept, and takes the picture's place.
+        has is kept, and takes the picture's place. Of the training set, A is the
+        cluster around the picture, of two.
         """
         self.tried: dict[str, tuple[float, float]] = {}
         for prompt in modifications(self.original):
@@ -111,17 +109,12 @@ class Prompted(BeforeAfter):
                 if not (two and others <= OTHERS and self.named(drawn[~near], prompt) >= NAMED):
                     break
             else:
-                return prompt, drawn
+                images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)
+                return prompt, TrainingSet(images, int(near.sum()), name="picture", world=self.world)
         tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, (share, _) in self.tried.items())
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples in the picture's cluster"
         why = "few other memorised ones, and the digit named most of the rest"
         raise UserError(f"--prompt '{self.original}': {what}, {why}; tried: {tried}")
-
-    def split(self, drawn: Tensor) -> TrainingSet:
-        """The samples of the modified prompt as training set: A is the cluster around the picture, of two."""
-        near = cluster_around(drawn, self.pictures[self.which])
-        images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)
-        return TrainingSet(images, int(near.sum()), name="picture", world=self.world)
 
     def draw_before(self) -> None:
         """Say which prompt stands for the original one, and draw samples from the model as it is now."""

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from minisiss import unlearning
 from minisiss.data.neighbours import nearest_kept
-from minisiss.data.prompts import COUNTED, DIGITS, LOOKS, NAMES, SIGNATURES, tokens
+from minisiss.data.prompts import COUNTED, DIGITS, LOOKS, NAMES, SIGNATURES, padded
 from minisiss.data.training_set import step_generator, to_float
 from minisiss.errors import UserError
 from minisiss.machine.command_line import Parser, filename, number, run
@@ -56,7 +55,7 @@ AFTER = 1, 5, 15, COUNTED  # pictures in a row, when quality is measured
 Record = dict[str, Any]
 
 
-def settings_of(method: str, **changed: float) -> Namespace:
+def settings_of(method: str, **changed: Any) -> Namespace:
     """What `unlearn.py --preset prompts` has in its flags, as far as it is used here."""
     fixed = dict(method=method, seed=0, eta=0.0, fixed_prompt="modified")
     preset = PRESETS["prompts"]
@@ -103,17 +102,16 @@ class Study:
 
     def report(self, prompt: str, network: nn.Module) -> Prompted:
         """What the network draws at a modified prompt, in two clusters. Raises UserError as `Prompted`."""
-        args = Namespace(**vars(settings_of("siss")) | {"prompt": prompt})
-        return Prompted(args, self.base, self.at(network), ALONE)
+        return Prompted(settings_of("siss", prompt=prompt), self.base, self.at(network), ALONE)
 
     def draw(self, network: nn.Module, prompts: list[str]) -> Tensor:
         """A sample of each prompt, without guidance; the noise is the same for all networks."""
         schedule, drawn, batch = self.base.schedule, [], 50
         device = schedule.gamma.device
         for first in range(0, len(prompts), batch):
-            rows = [tokens(prompt)[0] for prompt in prompts[first : first + batch]]
-            model = guided(self.at(network), pad_sequence(rows, batch_first=True).to(device))
-            shape, generator = (len(rows), *network.config.image_shape), step_generator(0, first, device)
+            part = padded(prompts[first : first + batch]).to(device)
+            model = guided(self.at(network), part)
+            shape, generator = (len(part), *network.config.image_shape), step_generator(0, first, device)
             drawn.append(sample(model, schedule, shape, generator=generator, steps=10, eta=0.0, order=2))
         return torch.cat(drawn)
 
