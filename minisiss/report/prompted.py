@@ -118,7 +118,7 @@ class Prompted(BeforeAfter):
 
     def draw_before(self) -> None:
         """Say which prompt stands for the original one, and draw samples from the model as it is now."""
-        data, right = self.data, self.share(to_float(self.data.forget))
+        data, right = self.data, self.share(to_float(self.data.forget.cpu()))
         if self.world.rank == 0:
             tqdm.write(f"to forget: '{self.original}'")
             for prompt, (share, others) in self.tried.items():

@@ -113,7 +113,7 @@ class Study:
             model = guided(self.at(network), part)
             shape, generator = (len(part), *network.config.image_shape), step_generator(0, first, device)
             drawn.append(sample(model, schedule, shape, generator=generator, steps=10, eta=0.0, order=2))
-        return torch.cat(drawn)
+        return torch.cat(drawn).cpu()
 
     def remembered(self, network: nn.Module) -> Tensor:
         """Which of the memorised prompts bring back their picture: [50] bool."""
