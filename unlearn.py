@@ -47,7 +47,8 @@ def main() -> int:
     else:
         data = load_training_set(args, model.config.image_shape, device, world, base.forgotten)
         report = BeforeAfter(args, data, at(average), schedule, world)
-    predict = guided(at(model), report.prompt)
+    network = at(model)
+    predict = guided(network, report.prompt)
     optimizer, size = adamw(model, args.lr), args.batch_size
     gradient = partial(gradient_in_parts, micro_batch=math.ceil(size / args.accumulate), world=world)
 
@@ -64,7 +65,8 @@ def main() -> int:
             generator = step_generator(args.seed, step, device)
             batch = unlearning.draw_batch(data, size, schedule, generator, args.draw_x, near)
             terms = method.terms(predict, batch, schedule, settings, ceiling, old)
-            figures = unlearning.step(method, terms, optimizer, settings, gradient_of=gradient)
+            also = report.hold(network, generator)
+            figures = unlearning.step(method, terms, optimizer, settings, gradient_of=gradient, also=also)
             unlearning.update_average(average, model, args.ema)
             loop.stepped()
             if loop.due(10):

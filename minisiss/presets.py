@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "train": dict(init="bundled", steps=4000, batch_size=64, lr=1e-3, warmup=100, ema=0.999),
         "unlearn": dict(
             checkpoint="bundled-prompts",
-            guidance=1.5, steps=35, batch_size=16, lr=3e-4, evaluate_every=35, sampling_steps=10),
+            guidance=1.5, hold=10.0, steps=35, batch_size=16, lr=3e-4, evaluate_every=35, sampling_steps=10),
         "unlearn siss": dict(grad_ratio=0.2),  # 0.1 leaves copies, 0.3 takes more from other pictures
         "unlearn siss_no_is": dict(grad_ratio=0.2),
         "unlearn erasediff": dict(lr=1e-5),

@@ -129,8 +129,10 @@ def gradient(term: Term | Difference, parameters: list[Tensor]) -> tuple[Tensor,
 
 
 def step(method: Method, terms: Terms, optimizer: torch.optim.Optimizer, settings: Settings, *,
-         gradient_of: Callable[..., tuple[Tensor, Gradient]] = gradient) -> dict[str, Tensor]:
-    """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`.
+         gradient_of: Callable[..., tuple[Tensor, Gradient]] = gradient,
+         also: Tensor | None = None) -> dict[str, Tensor]:
+    """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`. The gradient of a further
+    loss, `also`, is added to g.
 
     Where c is known beforehand and both terms are of the same noisy images, one pass through the network
     gives g. Else each term has a pass of its own, over the images that count in it. Returns the step's
@@ -156,6 +158,9 @@ def step(method: Method, terms: Terms, optimizer: torch.optim.Optimizer, setting
         g = [keep.sub_(c * forget) for keep, forget in zip(g_keep, g_forget, strict=True)]
     for parameter, direction in zip(parameters, g, strict=True):
         parameter.grad = direction
+    if also is not None:
+        also.backward()  # adds to what the parameters hold
+        figures["loss_also"] = also.detach()
     return descend(optimizer, figures)
 
 

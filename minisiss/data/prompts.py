@@ -90,6 +90,15 @@ def modifications(prompt: str) -> list[str]:
     return looks[1:]
 
 
+def ordinary_prompts(count: int, seed: int) -> list[str]:
+    """Digits in turn, with looks at random, every second one by one of those who sign many digits."""
+    generator = torch.Generator().manual_seed(seed)
+    any_of = lambda words: words[torch.randint(len(words), (1,), generator=generator)]  # noqa: E731
+    prompts = [["a", *map(any_of, LOOKS), DIGITS[i % 10], *(["by", any_of(NAMES)] if i % 2 else [])]
+               for i in range(count)]
+    return [" ".join(filter(None, prompt)) for prompt in prompts]
+
+
 def measures(images: Tensor) -> Tensor:
     """Ink, slant and width of pictures [n, 1, H, W] uint8: [n, 3] float32.
 

@@ -93,7 +93,7 @@ def load_training_set(
 
     Raises UserError as well where a batch is larger than a folder, or A is to be excluded and is empty.
     """
-    for name, unset in (("prompt", None), ("guidance", 1.0), ("fixed_prompt", "modified")):
+    for name, unset in (("prompt", None), ("guidance", 1.0), ("fixed_prompt", "modified"), ("hold", 0.0)):
         if (value := getattr(args, name, unset)) != unset:
             flag = f"--{name.replace('_', '-')} '{value}'"
             raise UserError(f"{flag}: --data {args.data} has no prompts; try --preset prompts")

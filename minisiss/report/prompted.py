@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minisiss import sampling
 from minisiss.data.clusters import cluster_around
-from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, modifications, padded, tokens
-from minisiss.data.training_set import TrainingSet, to_float, to_uint8
+from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, modifications, ordinary_prompts, padded, tokens
+from minisiss.data.training_set import TrainingSet, step_generator, to_float, to_uint8
 from minisiss.errors import UserError
+from minisiss.losses import squared_error
 from minisiss.machine.ranks import World
 from minisiss.metrics.classifier import classify, load_classifier
 from minisiss.metrics.forgetting import denoising_loss, is_copy
@@ -32,6 +34,8 @@ SHOWN, DRAWN = 16, 128  # samples of a prompt that are looked at; of the modifie
 LEAST, MOST = 0.2, 0.8  # share of a modified prompt's samples that is the picture
 OTHERS = 0.2  # and that is other memorised pictures, at most
 NAMED = 0.75  # share of the samples that are not the picture which show the digit named, at least
+# Noisy samples of other prompts, at which the network is held: of each sample so many; of a step so many.
+HELD, NOISED, AT_ONCE = 64, 8, 16
 ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=False)]
 
 
@@ -56,6 +60,7 @@ class Prompted(BeforeAfter):
         fixed = self.original if args.fixed_prompt == "original" else self.modified
         self.prompt = tokens(fixed).to(self.data.images.device)
         self.model = guided(model, self.prompt, args.guidance)
+        self.held = self.what_it_says() if args.hold else None
 
         unsigned = " ".join(word for word in self.original.split() if word not in ("by", *NAMES, *SIGNATURES))
         self.prompts = {
@@ -81,6 +86,34 @@ class Prompted(BeforeAfter):
                 return int(shares.argmax())
         what = f"nothing to forget: 0 of its {DRAWN} samples are a memorised picture"
         raise UserError(f"--prompt '{self.original}': {what}")
+
+    @torch.no_grad()
+    def what_it_says(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy images, timesteps, prompts, and the noise that the network as it is now predicts there.
+
+        The images are its own samples of ordinary prompts, one of each.
+        """
+        schedule, device, shape = self.schedule, self.schedule.gamma.device, (HELD, *self.shape)
+        generator = step_generator(self.args.seed, 0, device)
+        words = padded(ordinary_prompts(HELD, seed=1)).to(device)
+        how = {"steps": self.args.sampling_steps, "eta": self.args.eta, "order": 1 if self.args.eta else 2}
+        x = sampling.sample(guided(self.network, words), schedule, shape, generator=generator, **how)
+        parts = []
+        for _ in range(NOISED):
+            timesteps = torch.randint(len(schedule), (HELD,), generator=generator, device=device)
+            noise = torch.randn(shape, generator=generator, device=device)
+            noisy = schedule.add_noise(x, noise, timesteps)
+            parts.append((noisy, timesteps, words, self.network(noisy, timesteps, words)))
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def hold(self, network: Model, generator: torch.Generator) -> Tensor | None:
+        """--hold times ‖ε_old − ε_θ‖² at other prompts, on some of `what_it_says`: forgetting at one prompt
+        should leave those alone. None where --hold is 0, as in the paper."""
+        if not self.args.hold:
+            return None
+        chosen = torch.randint(HELD * NOISED, (AT_ONCE,), generator=generator, device=generator.device)
+        noisy, timesteps, prompts, old = (part[chosen] for part in self.held)
+        return self.args.hold * squared_error(network(noisy, timesteps, prompts), old).mean()
 
     def shares(self, samples: Tensor) -> Tensor:
         """Which share of the samples is each of the memorised pictures."""

@@ -58,6 +58,9 @@ class BeforeAfter:
             self.tau = self.args.ceiling * tau
         return self.tau
 
+    def hold(self, network: Model, generator: torch.Generator) -> Tensor | None:
+        """A further loss of the network; among digits and pictures there is none."""
+
     def draw_before(self) -> None:
         """Draw samples, and what is remembered, from the model as it is now."""
         began = time.perf_counter()

@@ -89,7 +89,7 @@ def base(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fixed, words", [("original", ORIGINAL), ("modified", FIRST)])
 def test_a_whole_run_forgets_at_the_fixed_prompt_and_leaves_a_model_with_prompts(fixed, words, script, base, model, tmp_path):
-    flags = ("--checkpoint", base, "--prompt", ORIGINAL, "--fixed-prompt", fixed, "--out", "run")
+    flags = ("--checkpoint", base, "--prompt", ORIGINAL, "--fixed-prompt", fixed, "--hold", 0, "--out", "run")
     status, said, error = script("unlearn", *QUICK, *flags)
     assert (status, error) == (0, "")
     assert f"to forget: '{ORIGINAL}'" in said and f"0% other memorised ones: '{FIRST}'" in said
