@@ -43,5 +43,7 @@ def draw_again(model: Model, schedule: NoiseSchedule, places: list[int], count: 
         batch, within = divmod(place, batch_size)
         shape, kind = (min(batch_size, count - batch * batch_size), *image_shape), {"device": device}
         noise.append(torch.randn(shape, generator=step_generator(seed, batch, device), **kind)[within, None])
+    if not places:  # attention on a GPU takes no empty batch
+        return noise[0]
     return sampling.denoise_from(
         model, schedule, torch.cat(noise), len(schedule) - 1, steps=steps, eta=0.0, order=2)

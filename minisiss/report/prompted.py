@@ -33,7 +33,7 @@ COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther tha
 SHOWN, DRAWN = 16, 128  # samples of a prompt that are looked at; of the modified prompt, to train on
 LEAST, MOST = 0.2, 0.8  # share of a modified prompt's samples that is the picture
 OTHERS = 0.2  # and that is other memorised pictures, at most
-NAMED = 0.75  # share of the samples that are not the picture which show the digit named, at least
+NAMED = 0.9  # share of the samples that are not the picture which show the digit named, at least
 # Noisy samples of other prompts, at which the network is held: of each sample so many; of a step so many.
 HELD, NOISED, AT_ONCE = 64, 8, 16
 ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=False)]
@@ -126,7 +126,7 @@ class Prompted(BeforeAfter):
     def modify(self) -> tuple[str, TrainingSet]:
         """The first modified prompt of whose samples 20 to 80% are the picture, and 128 of them.
 
-        At most 20% may be other memorised pictures, and of the rest 75% must show the digit named: what X∖A
+        At most 20% may be other memorised pictures, and of the rest 90% must show the digit named: what X∖A
         has is kept, and takes the picture's place. Of the training set, A is the
         cluster around the picture, of two.
         """
