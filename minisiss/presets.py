@@ -37,11 +37,12 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unlearn": dict(
             checkpoint="bundled-prompts",
             guidance=1.5, hold=10.0, steps=35, batch_size=16, lr=3e-4, evaluate_every=35, sampling_steps=10),
-        "unlearn siss": dict(grad_ratio=0.2),  # 0.1 leaves copies, 0.3 takes more from other pictures
-        "unlearn siss_no_is": dict(grad_ratio=0.2),
-        "unlearn erasediff": dict(lr=1e-5),
+        "unlearn siss": dict(lr=2e-4, grad_ratio=0.5),
+        "unlearn siss_no_is": dict(lr=3e-4, grad_ratio=0.5),
+        "unlearn naive_deletion": dict(lr=7e-4),
+        "unlearn erasediff": dict(lr=1e-4),
         "unlearn neggrad": dict(lr=3e-5),
-        "unlearn retrack": dict(lr=2e-4),
+        "unlearn retrack": dict(lr=7e-4),
     },
     # The paper's MNIST model, for a GPU.
     "mnist": {

@@ -82,7 +82,7 @@ def base(model, tmp_path, monkeypatch):
     distance = (samples[0].float() - samples.float()).flatten(1).norm(dim=1) / 255
     monkeypatch.setattr(prompted, "COPY", distance.median().item() + 1e-4)
     monkeypatch.setattr(prompted, "DRAWN", 48)
-    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("NAMED", 0.0):  # its samples are no digits, and all as far apart
+    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("NAMED", (0.0,)):  # its samples are no digits, and all as far apart
         monkeypatch.setattr(prompted, limit, value)
     return save(tmp_path / "model.pt", model, {ORIGINAL: samples[0]})
 

@@ -58,7 +58,7 @@ def tiny(monkeypatch, tmp_path):
     for module in (prompted, prompts):
         monkeypatch.setattr(module, "COPY", max(distances) + 1e-4)
     monkeypatch.setattr(prompted, "OTHERS", 1.0)
-    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("NAMED", 0.0):  # its samples are no digits, and all as far apart
+    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("NAMED", (0.0,)):  # its samples are no digits, and all as far apart
         monkeypatch.setattr(prompted, limit, value)
     for name, value in dict(COUNTED=1, ORDINARY=4, MANY=12, AFTER=(1, 2), TRIED={"siss": [{"lr": 1e-4}, {"lr": 1e-3}], "retrack": [{}]}).items():
         monkeypatch.setattr(prompts, name, value)
