@@ -42,7 +42,7 @@ def batch(seed=0, size=6, draw_x="all"):
     return draw_batch(data, size, SCHEDULE, generator, draw_x, nearest_kept(data, 4))
 
 
-def step(method, settings, seed=0, draw_x="all"):
+def step(method, settings, seed=0, draw_x="all", also=lambda model: None):
     """One SGD step at rate 1 on the two-parameter model: the gradients by hand, what was stepped along, the figures."""
     model = TwoParameters()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -51,7 +51,7 @@ def step(method, settings, seed=0, draw_x="all"):
     old = [p.item() for p in model.parameters()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unlearning, "MAX_NORM", 1e9)
-        figures = unlearning.step(METHODS[method], terms, optimizer, settings)
+        figures = unlearning.step(METHODS[method], terms, optimizer, settings, also=also(model))
     return keep, forget, [before - p.item() for before, p in zip(old, model.parameters(), strict=True)], figures
 
 
@@ -146,6 +146,15 @@ def test_gradients_are_clipped_after_they_are_combined():
     figures = unlearning.step(METHODS["siss"], terms, torch.optim.SGD(model.parameters(), lr=1.0), Settings())
     assert figures["norm"] > 1
     assert length([before - p.item() for before, p in zip(old, model.parameters(), strict=True)]) == pytest.approx(1, rel=1e-4)
+
+
+def test_a_further_loss_is_descended_on_too_and_leaves_c_alone():
+    settings = Settings(grad_ratio=0.5)
+    *_, alone, figures = step("siss", settings)
+    *_, moved, with_it = step("siss", settings, also=lambda model: 3 * model.p + model.q**2)
+    assert moved == pytest.approx([alone[0] + 3, alone[1] + 2 * -0.2], rel=1e-4)
+    assert with_it["c"] == figures["c"] and with_it["loss_also"].item() == pytest.approx(3 * 0.3 + 0.04)
+    assert "loss_also" not in figures
 
 
 def test_a_batch_in_which_nothing_is_to_be_forgotten_only_descends():

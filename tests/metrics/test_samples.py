@@ -34,7 +34,11 @@ def test_samples_at_any_places_can_be_drawn_again():
     places = [149, 3, 64, 130]  # the last batch is a smaller one
     again = draw_again(model, SCHEDULE, places, 150, (1, 4, 4), **how)
     assert (to_uint8(again).int() - samples[places].int()).abs().max() <= 1
-    assert draw_again(model, SCHEDULE, [], 150, (1, 4, 4), **how).shape == (0, 1, 4, 4)
+
+
+def test_no_samples_drawn_again_need_no_network():
+    # Attention on a GPU returns nothing for an empty batch.
+    assert draw_again(None, SCHEDULE, [], 150, (1, 4, 4), seed=3, steps=3).shape == (0, 1, 4, 4)
 
 
 def test_eta_0_samples_by_the_sampler_of_order_2(monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from minisiss import presets
 from minisiss.data.clusters import cluster_around
-from minisiss.data.prompts import WORDS, modifications, tokens
+from minisiss.data.prompts import SIGNATURES, WORDS, modifications, ordinary_prompts, tokens
 from minisiss.data.training_set import to_uint8
 from minisiss.machine.ranks import ALONE
 from minisiss.metrics.samples import draw_samples
@@ -147,6 +147,31 @@ def test_the_first_memorised_prompt_is_forgotten_where_none_is_said(model, base,
     assert prompted.Prompted(args, checkpoint.load(base), model, ALONE).original == ORIGINAL
 
 
+def test_the_network_is_held_at_samples_of_prompts_by_those_who_sign_many_digits(model, base):
+    settings = dict(prompt=ORIGINAL, fixed_prompt="modified", guidance=1.0, hold=3.0, seed=0, eta=0.0, sampling_steps=3, checkpoint="")
+    report = prompted.Prompted(Namespace(**settings), checkpoint.load(base), model, ALONE)
+    held = ordinary_prompts(prompted.HELD, seed=1)
+    assert not {word for prompt in held for word in prompt.split()} & set(SIGNATURES)
+    noisy, timesteps, prompts, said = report.held
+    assert len(noisy) == len(timesteps) == len(prompts) == len(said) == prompted.HELD * prompted.NOISED
+    torch.testing.assert_close(said[:4], model(noisy[:4], timesteps[:4], prompts[:4]).detach())
+    place = torch.Generator()
+    assert report.hold(model, place.manual_seed(0)).item() == pytest.approx(0, abs=1e-9)
+    further = lambda noisy, timesteps, prompts: model(noisy, timesteps, prompts) + 0.5  # noqa: E731
+    assert report.hold(further, place.manual_seed(0)).item() == pytest.approx(3 * 0.25, rel=1e-4)
+    report.args.hold = 0.0
+    assert report.hold(further, place) is None
+
+
+def test_holding_reaches_the_words_of_other_prompts(script, base, model, tmp_path):
+    flags = "--checkpoint", base, "--prompt", ORIGINAL, "--hold", 10, "--out", "held"
+    assert script("unlearn", *QUICK, *flags)[0] == 0
+    ratio = (checkpoint.load(tmp_path / "held/model.pt").model.prompt[0].weight / model.prompt[0].weight).detach()
+    at_rest = ratio[tokens("otto")[0]].mean()  # weight decay alone: no held prompt has a signature
+    assert (ratio[tokens("seven three anna")[0]] - at_rest).abs().max() > 1e-5
+    assert '"loss_also"' in (tmp_path / "held/metrics.jsonl").read_text()
+
+
 def refused(script, tmp_path, *arguments):
     before = sorted(tmp_path.iterdir())
     status, _, error = script("unlearn", *arguments)
@@ -188,7 +213,9 @@ def test_words_flags_and_checkpoints_that_do_not_fit_are_one_line(script, base, 
         (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--prompt", "a four"), ["--prompt 'a four'", "--data mnist has no prompts"]),
         (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--guidance", 2), ["--guidance '2.0'", "--data mnist has no prompts"]),
         (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--fixed-prompt", "original"), ["--fixed-prompt 'original'"]),
+        (("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--hold", 1), ["--hold '1.0'", "--data mnist has no prompts"]),
         ((*QUICK, "--checkpoint", base, "--guidance", "nan"), ["--guidance", "nan"]),
+        ((*QUICK, "--checkpoint", base, "--hold", -1), ["--hold", "'-1' should be a number at least 0"]),
     ]:
         error = refused(script, tmp_path, *arguments)
         assert all(word in error for word in words), error
