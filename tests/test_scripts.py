@@ -161,7 +161,7 @@ def test_a_training_takes_the_steps_that_its_flags_say(script, tmp_path):
 
 
 def test_a_loss_of_ones_own_is_the_readmes_function_and_line(script, tiny_checkpoint, tmp_path, monkeypatch):
-    example = re.search("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    example = re.search("```python\n(.*?)```", (ROOT / "minisiss/README.md").read_text(), re.DOTALL)[1]
     function, row = example.split("# minisiss/unlearning.py, in METHODS\n")
     exec(function, vars(losses))
     (name, method), = eval(f"{{{row}}}", vars(unlearning)).items()
