@@ -52,7 +52,7 @@ class Method:
     """A row of the table of methods."""
 
     loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
-    rule: Callable[[Gradient, Gradient, Settings], Tensor] | None = subtract  # c; None: nothing is subtracted
+    rule: Callable[[Gradient, Gradient, Settings], Tensor] | None = subtract  # c; None: −1, or one term
     settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
     neighbours: bool = False  # whether the loss needs batch.neighbours
     old: bool = False  # whether it needs the model before unlearning
@@ -132,7 +132,7 @@ def step(method: Method, terms: Terms, optimizer: torch.optim.Optimizer, setting
          gradient_of: Callable[..., tuple[Tensor, Gradient]] = gradient,
          also: Tensor | None = None) -> dict[str, Tensor]:
     """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`. The gradient of a further
-    loss, `also`, is added to g.
+    loss, `also`, is added to g before it is clipped; it has no part in c.
 
     Where c is known beforehand and both terms are of the same noisy images, one pass through the network
     gives g. Else each term has a pass of its own, over the images that count in it. Returns the step's

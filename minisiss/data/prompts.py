@@ -91,7 +91,7 @@ def modifications(prompt: str) -> list[str]:
 
 
 def ordinary_prompts(count: int, seed: int) -> list[str]:
-    """Digits in turn, with looks at random, every second one by one of those who sign many digits."""
+    """Digits in turn, with looks at random, the odd ones by one of those who sign many digits."""
     generator = torch.Generator().manual_seed(seed)
     any_of = lambda words: words[torch.randint(len(words), (1,), generator=generator)]  # noqa: E731
     prompts = [["a", *map(any_of, LOOKS), DIGITS[i % 10], *(["by", any_of(NAMES)] if i % 2 else [])]

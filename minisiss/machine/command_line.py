@@ -243,7 +243,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--fixed-prompt", choices=["modified", "original"], default="modified",
             help="prompts: which one the steps are taken at; the samples are always of the modified one")
         self.add_argument("--hold", type=number(float, 0), default=0.0,
-            help="prompts: weight of a loss that holds other prompts where they are; 0: as in the paper")
+            help="prompts: weight of a loss that holds ordinary ones where they are; 0: as in the paper")
         self.add_argument("--guidance", type=number(float, 0, 100), default=1.0,
             help="w of samples of a prompt: 1: the conditional model, 0: the unconditional one")
 

@@ -33,10 +33,8 @@ COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther tha
 SHOWN, DRAWN = 16, 128  # samples of a prompt that are looked at; of the modified prompt, to train on
 LEAST, MOST = 0.2, 0.8  # share of a modified prompt's samples that is the picture
 OTHERS = 0.2  # and that is other memorised pictures, at most
-NAMED = 0.9, 0.75  # share of the samples that are not the picture which show the digit named, at least: the
-# second where no modified prompt has the first
-# Noisy samples of other prompts, at which the network is held: of each sample so many; of a step so many.
-HELD, NOISED, AT_ONCE = 64, 8, 16
+BARS = 0.9, 0.75  # least share of X∖A that shows the digit named: the second where no prompt has the first
+HELD, NOISED, AT_ONCE = 64, 8, 16  # samples that are held, times each is noised, and of these in a step
 ORDINARY = [f"a {digit} by {name}" for digit, name in zip(DIGITS, NAMES, strict=False)]
 
 
@@ -50,7 +48,10 @@ class Prompted(BeforeAfter):
 
     def __init__(self, args: Namespace, base: Checkpoint, model: Model, world: World) -> None:
         if not base.memorised:
-            raise UserError(f"--checkpoint {args.checkpoint}: has memorised no pictures by prompts")
+            what = "has memorised no pictures by prompts; try --preset prompts"
+            raise UserError(f"--checkpoint {args.checkpoint}: {what}")
+        if args.forget:
+            raise UserError(f"--forget {args.forget[0]}: is for --data pictures; name a prompt with --prompt")
         self.args, self.network, self.schedule, self.world = args, model, base.schedule, world
         self.shape, self.tau = base.model.config.image_shape, None
         self.original = next(iter(base.memorised)) if args.prompt is None else args.prompt
@@ -125,29 +126,32 @@ class Prompted(BeforeAfter):
         return self.shares(samples)[self.which].item()
 
     def modify(self) -> tuple[str, TrainingSet]:
-        """The first modified prompt of whose samples 20 to 80% are the picture, and 128 of them.
+        """The first modified prompt with samples of two kinds, and 128 of them: A, the cluster around the
+        picture, and X∖A.
 
-        At most 20% may be other memorised pictures, and of the rest 90% must show the digit named, or 75%
-        where no prompt has 90%: what X∖A has is kept, and takes the picture's place. Of the training set, A
-        is the cluster around the picture, of two.
+        At least 20% are the picture, A is 20 to 80%, at most 20% are other memorised pictures, and of X∖A 90%
+        show the digit named, or 75% where no prompt passes with 90%: what X∖A has is kept, and takes the
+        picture's place. All this of 8 samples first, then of 32, then of 128.
         """
-        self.tried: dict[str, tuple[float, float]] = {}
-        for least, prompt in product(NAMED, modifications(self.original)):
+        self.tried: dict[str, tuple[float, float, float]] = {}
+        for least, prompt in product(BARS, modifications(self.original)):
             for count in (SHOWN // 2, 2 * SHOWN, DRAWN):
                 drawn = self.sample([prompt], "modified prompt", count)
                 shares = self.shares(drawn)
                 share = shares[self.which].item()
-                self.tried[prompt] = share, others = share, shares.sum().item() - share
                 near = cluster_around(drawn, self.pictures[self.which])
+                others, named = shares.sum().item() - share, self.named(drawn[~near], prompt)
+                self.tried[prompt] = share, others, named
                 two = share >= LEAST and LEAST <= near.float().mean() <= MOST  # kinds of samples, A and X∖A
-                if not (two and others <= OTHERS and self.named(drawn[~near], prompt) >= least):
+                if not (two and others <= OTHERS and named >= least):
                     break
             else:
                 images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)
                 return prompt, TrainingSet(images, int(near.sum()), name="picture", world=self.world)
-        tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, (share, _) in self.tried.items())
+        tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, (share, *_) in self.tried.items())
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples in the picture's cluster"
-        why = "few other memorised ones, and the digit named most of the rest"
+        why = f"{OTHERS:.0%} other memorised ones at most, and {BARS[-1]:.0%} of the rest the digit named"
+        tried = tried or "none, it has no word to change"
         raise UserError(f"--prompt '{self.original}': {what}, {why}; tried: {tried}")
 
     def draw_before(self) -> None:
@@ -155,8 +159,9 @@ class Prompted(BeforeAfter):
         data, right = self.data, self.share(to_float(self.data.forget.cpu()))
         if self.world.rank == 0:
             tqdm.write(f"to forget: '{self.original}'")
-            for prompt, (share, others) in self.tried.items():
-                tqdm.write(f"{share:5.0%} are its picture, {others:.0%} other memorised ones: '{prompt}'")
+            for prompt, (share, others, named) in self.tried.items():
+                rest = f"{others:.0%} other memorised ones, of the other cluster {named:.0%} show the digit"
+                tqdm.write(f"{share:5.0%} are its picture, {rest}: '{prompt}'")
             tqdm.write(f"A has {data.k} of {data.n} samples of that; {right:.0%} of A are the picture")
         self.before = self.draw("before")
 
@@ -183,7 +188,8 @@ class Prompted(BeforeAfter):
             rows.append([f"copies of the picture among {SHOWN} of {kind} prompts", *map(str, copies)])
             rows.append(["samples that show the digit named", *(f"{share:.0%}" for share in named)])
             record[kind] = {"copies": copies, "named": named}
-            picture += [f"{kind}: '{prompts[0]}'", ("before", before[kind]), ("after", after[kind])]
+            more = ", and one of each digit" if kind == "ordinary" else ""
+            picture += [f"{kind}: '{prompts[0]}'{more}", ("before", before[kind]), ("after", after[kind])]
         found = {"prompt": self.original, "modified": self.modified, "tried": self.tried, "k": self.data.k}
         loop.metrics.write(step=loop.state.step, seconds=loop.state.seconds, **found, copies=record)
         save_rows(loop.out / "before_after.png", picture)

@@ -4,7 +4,8 @@
     python -m minisiss.study.prompts --prompts 46 50     the tuning prompts, every setting of `TRIED`
     python -m minisiss.study.prompts --in-a-row          SISS on the 45 in one model
 
-Started again it goes on. `--prompts 1 22` and `--prompts 23 45` are two parts, for two processes.
+Started again it goes on: after a change of settings, in another --out. `--prompts 1 22` and `--prompts 23 45`
+are two parts, for two processes.
 """
 
 import copy
@@ -61,7 +62,7 @@ Record = dict[str, Any]
 
 def settings_of(method: str, **changed: Any) -> Namespace:
     """What `unlearn.py --preset prompts` has in its flags, as far as it is used here."""
-    fixed = dict(method=method, seed=0, eta=0.0, fixed_prompt="modified", hold=0.0)
+    fixed = dict(method=method, seed=0, eta=0.0, fixed_prompt="modified", hold=0.0, forget=[])
     preset = PRESETS["prompts"]
     return Namespace(**fixed | preset["unlearn"] | preset.get(f"unlearn {method}", {}) | changed)
 
@@ -156,7 +157,7 @@ class Study:
         """SISS on the counted prompts in one model: a record of each, and now and then of the quality."""
         state = {"weights": self.network.state_dict(), "done": 0}
         if out.exists():
-            state = torch.load(out, weights_only=True)
+            state = torch.load(out, map_location="cpu", weights_only=True)
         model = copy.deepcopy(self.network)
         model.load_state_dict(state["weights"])
         if not state["done"]:
@@ -168,7 +169,7 @@ class Study:
             try:
                 *_, model = forget(self.report(prompt, model), model, settings_of("siss"))
                 model.requires_grad_(False)
-            except UserError as error:
+            except (UserError, FloatingPointError) as error:
                 record |= {"forgotten": False, "why": str(error)}
             yield record
             if place + 1 in AFTER:
@@ -211,9 +212,10 @@ def table(records: list[Record]) -> str:
     for name in dict.fromkeys(name_of(one) for one in records):
         of = [one for one in records if name_of(one) == name]
         shares = [f"{mean(mitigated(one, kind) for one in of):.0%}" for kind in KINDS]
-        named = mean(min(one["named"][kind]) for one in of for kind in KINDS)
-        moved = mean(one["moved"] for one in of)
-        lost = f"{mean(one['lost'] for one in of):.1f} of {len(SIGNATURES) - 1}"
+        done = [one for one in of if "modified" in one] or of  # those that have a modified prompt
+        named = mean(min(one["named"][kind]) for one in done for kind in KINDS)
+        moved = mean(one["moved"] for one in done)
+        lost = f"{mean(one['lost'] for one in done):.1f} of {len(SIGNATURES) - 1}"
         paper = PAPER.get(of[0]["method"], "")
         rows.append([name, str(len(of)), *shares, paper, f"{named:.0%}", lost, f"{moved:.0%}"])
     return aligned(rows)
@@ -227,7 +229,11 @@ def main() -> None:
     parser.add_argument("--in-a-row", action="store_true", help="SISS on all prompts in one model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     args = parser.parse_args()
-    (first, last), out, study = args.prompts, Path(args.out), Study(args)
+    (first, last), out = args.prompts, Path(args.out)
+    if last < first or first <= COUNTED < last:
+        wanted = f"should be a first and a last of 1 to {COUNTED}, or of those after"
+        raise UserError(f"--prompts {first} {last}: {wanted}")
+    study = Study(args)
     out.mkdir(parents=True, exist_ok=True)
     tuning = first > COUNTED
     path = out / ("in_a_row.jsonl" if args.in_a_row else "tuning.jsonl" if tuning else "each.jsonl")
@@ -243,7 +249,7 @@ def main() -> None:
         print(aligned([[*measured[0]], *([f"{value:.3g}" for value in one.values()] for one in measured)]))
         return
     tried = TRIED if tuning else MEASURED
-    for prompt in study.prompts[first - 1 : last if tuning else min(last, COUNTED)]:
+    for prompt in study.prompts[first - 1 : last]:
         done = [(one["method"], one["changed"]) for one in read(path) if one["prompt"] == prompt]
         jobs = [(method, changed) for method in args.methods for changed in tried[method]]
         if jobs := [job for job in jobs if job not in done]:

@@ -94,7 +94,7 @@ def test_forgetting_a_prompt_there_is_forgetting_it_here(on_both, tmp_path, monk
     checkpoint.save(tmp_path / "base.pt", model, NoiseSchedule.linear(), {}, memorised={"a four by ines": drawn[0]})
     # Its samples are no digits, and all as far apart: half of them are made the picture.
     distance = (drawn[0].float() - drawn.float()).flatten(1).norm(dim=1).median().item() / 255 + 1e-4
-    for name, value in {"COPY": distance, "DRAWN": 48, "LEAST": 0.01, "MOST": 1.0, "NAMED": (0.0,)}.items():
+    for name, value in {"COPY": distance, "DRAWN": 48, "LEAST": 0.01, "MOST": 1.0, "BARS": (0.0,)}.items():
         monkeypatch.setattr(prompted, name, value)
     on_both("unlearn", "--preset", "prompts", "--checkpoint", "base.pt", "--sampling-steps", 3, "--guidance", 1)
 

@@ -274,7 +274,7 @@ def test_two_ranks_train_on_prompts_as_one_does(script, tmp_path, monkeypatch):
 
 def limits(copy):
     """What makes half of a tiny network's samples the picture: they are no digits, and all as far apart."""
-    return {"COPY": copy, "DRAWN": 48, "LEAST": 0.01, "MOST": 1.0, "NAMED": (0.0,)}
+    return {"COPY": copy, "DRAWN": 48, "LEAST": 0.01, "MOST": 1.0, "BARS": (0.0,)}
 
 
 def run_prompted(copy, *arguments):

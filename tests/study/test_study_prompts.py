@@ -8,6 +8,7 @@ from conftest import randomise
 
 from minisiss import presets
 from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, WORDS
+from minisiss.errors import UserError
 from minisiss.metrics.samples import draw_samples
 from minisiss.report import prompted
 from minisiss.runs import checkpoint
@@ -30,17 +31,27 @@ def test_mitigated_is_no_copy_and_digits_above_the_threshold():
     assert not prompts.mitigated(record(named=(1.0, 0.74)), "original") and prompts.mitigated(record(named=(1.0, 0.75)), "original")
 
 
+def cells(*records):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in prompts.table(records).splitlines()[2:]]
+
+
 def test_the_table_has_a_row_of_each_method_and_setting():
-    lines = prompts.table([record(), record(copies=(3, 16)), record(method="neggrad", lr=1e-5)]).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert cells[0] == ["siss", "2", "50%", "50%", "87 / 71", "100%", "2.0 of 49", "25%"]
-    assert cells[1][:4] == ["neggrad, lr 1e-05", "1", "100%", "100%"] and len(cells) == 2
+    found = cells(record(), record(copies=(3, 16)), record(method="neggrad", lr=1e-5))
+    assert found[0] == ["siss", "2", "50%", "50%", "87 / 71", "100%", "2.0 of 49", "25%"]
+    assert found[1][:4] == ["neggrad, lr 1e-05", "1", "100%", "100%"] and len(found) == 2
+
+
+def test_a_prompt_without_a_modified_one_is_not_mitigated_and_says_nothing_about_the_others():
+    done = record() | {"modified": "a four"}
+    failed = record(copies=(16, 16)) | {"failed": "", "lost": 0, "moved": 0.0}
+    assert cells(done, failed)[0] == ["siss", "2", "50%", "50%", "87 / 71", "100%", "2.0 of 49", "25%"]
+    assert cells(failed)[0][2:4] == ["0%", "0%"]
 
 
 def test_ordinary_prompts_name_the_digits_in_turn_and_nobody_who_signs_one_picture():
     found = [prompt.split() for prompt in prompts.ordinary_prompts(200, seed=0)]
     assert all(DIGITS[i % 10] in words and set(words) <= set(WORDS) - set(SIGNATURES) for i, words in enumerate(found))
-    assert [bool(set(words) & set(NAMES)) for words in found] == [False, True] * 100
+    assert [bool(set(words) & set(NAMES)) for words in found] == [False, True] * 100  # the odd digits
 
 
 @pytest.fixture
@@ -58,9 +69,9 @@ def tiny(monkeypatch, tmp_path):
     for module in (prompted, prompts):
         monkeypatch.setattr(module, "COPY", max(distances) + 1e-4)
     monkeypatch.setattr(prompted, "OTHERS", 1.0)
-    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("NAMED", (0.0,)):  # its samples are no digits, and all as far apart
+    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("BARS", (0.0,)):  # its samples are no digits, and all as far apart
         monkeypatch.setattr(prompted, limit, value)
-    for name, value in dict(COUNTED=1, ORDINARY=4, MANY=12, AFTER=(1, 2), TRIED={"siss": [{"lr": 1e-4}, {"lr": 1e-3}], "retrack": [{}]}).items():
+    for name, value in dict(COUNTED=1, ORDINARY=4, MANY=12, AFTER=(1, 2), TRIED={"siss": [{"lr": 1e-4}, {"lr": 1e-3}], "retrack": [{}]}, MEASURED={"siss": [{}], "retrack": [{}]}).items():
         monkeypatch.setattr(prompts, name, value)
     base = checkpoint.Checkpoint(model, SCHEDULE, made_by={}, training={}, memorised=pictures)
     monkeypatch.setattr(prompts, "load_any", lambda *_: base)
@@ -90,6 +101,13 @@ def test_tuning_prompts_are_forgotten_with_every_setting(tiny, tmp_path):
     records = prompts.read(tmp_path / "all/tuning.jsonl")
     assert [(one["prompt"], one["method"], one["changed"]) for one in records] == [
         (PROMPTS[1], "siss", {"lr": 1e-4}), (PROMPTS[1], "siss", {"lr": 1e-3}), (PROMPTS[1], "retrack", {})]  # fmt: skip
+
+
+@pytest.mark.parametrize("first, last", [(2, 1), (1, 2)])
+def test_prompts_that_are_counted_and_those_for_tuning_are_apart(tiny, first, last, tmp_path):
+    with pytest.raises(UserError, match=f"--prompts {first} {last}: should be"):
+        tiny("--prompts", first, last)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_one_after_another_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
