@@ -66,6 +66,7 @@ FLAGS = {
     # of unlearn.py
     "--prompt": (["a thin four by ines"], []),
     "--fixed-prompt": (["original", "modified"], ["both", "ORIGINAL"]),
+    "--hold": (["0", "10"], ["-0.1", *NUMBERS]),
     "--guidance": (["0", "1.5", "100"], ["-1", "101", *NUMBERS]),
     "--method": (["siss", "neggrad"], ["prayer", "SISS", "../siss"]),
     "--lam": (["0", "1"], ["-0.1", "1.5", *NUMBERS]),
