@@ -206,6 +206,21 @@ def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path
     assert "of no modified prompt are" in error and FIRST in error
 
 
+def test_a_prompt_that_misses_more_than_the_first_bar_is_drawn_once_for_both(script, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompted, "BARS", (0.9, 0.75))
+    monkeypatch.setattr(prompted, "cluster_around", lambda images, picture: torch.zeros(len(images), dtype=torch.bool))
+    drawn, sample = [], prompted.Prompted.sample
+    monkeypatch.setattr(prompted.Prompted, "sample", lambda self, *given: drawn.append(given) or sample(self, *given))
+    refused(script, tmp_path, *QUICK, "--checkpoint", base, "--prompt", ORIGINAL)
+    assert [prompts[0] for prompts, title, _ in drawn if title == "modified prompt"] == modifications(ORIGINAL)
+
+
+def test_a_prompt_that_misses_the_first_bar_alone_may_pass_the_second(script, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompted, "BARS", (1.1, 0.0))
+    assert script("unlearn", *QUICK, "--checkpoint", base, "--prompt", ORIGINAL, "--out", "run")[0] == 0
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["modified"] == FIRST
+
+
 def test_words_flags_and_checkpoints_that_do_not_fit_are_one_line(script, base, tiny_checkpoint, tmp_path):
     for arguments, words in [
         ((*QUICK, "--checkpoint", base, "--prompt", "a foor by ines"), ["no word 'foor'", "four"]),
