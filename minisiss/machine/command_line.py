@@ -260,7 +260,7 @@ class Parser(argparse.ArgumentParser):
         add("--sampling-steps", type=positive_int, default=25, help="network calls for one sample")
         add("--eta", type=number(float, 0, 1), default=0.0, help="0: DPM-Solver++, deterministic; 1: DDPM")
         add("--draws", type=number(int, 1, 4096), default=32, help="draws for the memory at each timestep")
-        add("--memory-timesteps", type=timestep, nargs="+", default=[300, 400, 500, 600, 700], metavar="T",
+        add("--memory-timesteps", type=timestep, nargs="+", default=[300, 400, 500, 600], metavar="T",
             help="timesteps the forget image is noised to")
 
     def add_run(self, name: str, save_every: int) -> None:
