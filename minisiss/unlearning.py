@@ -77,7 +77,7 @@ class Method:
         return terms if ceiling is None else terms.below(ceiling)
 
     def known_c(self, terms: Terms, settings: Settings) -> float | None:
-        """c where it is known before any gradient: −1 where nothing is subtracted, or where s is given."""
+        """c where it is known before any gradient: −1 where two terms are added, or where s is given."""
         if self.rule is None:
             return -1.0
         if self.rule is not subtract or settings.superfactor is None:
@@ -103,7 +103,7 @@ def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.G
 
     data: a `TrainingSet`, or what has n, k and draw(part, size, generator) -> [size, C, H, W] in [−1, 1],
     with the parts "all" for X, "rest" for X∖A and "forget" for A. draw_x: "all" draws x ~ X, the form of the
-    paper's main text; "rest" draws x ~ X∖A, that of its appendix A.1, which all but SISS need.
+    paper's main text, for SISS with and without IS; "rest" draws x ~ X∖A, that of its appendix A.1.
     neighbours: gives `Batch.neighbours` for a batch of a.
     """
     x, a = data.draw(draw_x, size, generator), data.draw("forget", size, generator)

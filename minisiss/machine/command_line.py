@@ -266,7 +266,7 @@ class Parser(argparse.ArgumentParser):
     def add_run(self, name: str, save_every: int) -> None:
         add = self.add_argument
         add("--save-every", type=positive_int, default=save_every, help="steps between checkpoints")
-        add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+        add("--checkpoint-activations", action="store_true", help="less memory, more time")
         add = self.add_mutually_exclusive_group().add_argument
         add("--out", type=filename, help=f"directory of this run (default: runs/{name}-N)")
         add("--resume", type=filename, metavar="DIR", help="continue the run in this directory")
