@@ -11,18 +11,7 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from minisiss.machine.command_line import (
-    NONE,
-    Parser,
-    batch_size,
-    command,
-    decay,
-    filename,
-    number,
-    positive,
-    positive_int,
-    run,
-)
+from minisiss.machine import command_line as cli
 
 MAY_CHANGE = {
     "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "sample_every",
@@ -81,11 +70,11 @@ def main() -> int:
 def next_command(args: Namespace, path: Path, data) -> str:
     """A look at the model; of pictures none of which is to be forgotten, forgetting the first of them."""
     if args.data == "prompts":
-        return command("unlearn.py", args, checkpoint=path)
+        return cli.command("unlearn.py", args, checkpoint=path)
     if args.data == "mnist" or args.forget:
-        return command("eval.py", args, checkpoint=path)
+        return cli.command("eval.py", args, checkpoint=path)
     size = min(args.batch_size, data.n - 1)
-    return command("unlearn.py", args, checkpoint=path, forget=data.images.names[0], batch_size=size)
+    return cli.command("unlearn.py", args, checkpoint=path, forget=data.images.names[0], batch_size=size)
 
 
 def learning_rate(step: int, args: Namespace) -> float:
@@ -95,24 +84,24 @@ def learning_rate(step: int, args: Namespace) -> float:
 
 
 def parse_arguments() -> Namespace:
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_preset("data", "unet", "train")
     parser.add_data("data")
     add = parser.add_argument
     add("--exclude-forget", action="store_true", help="train without the forget set: the gold standard")
-    add("--init", type=filename, default=NONE,
-        help=f"weights to begin with: a model.pt, 'bundled' or '{NONE}'; a vocabulary may be new")
-    add("--steps", type=positive_int, help="optimizer steps")
-    add("--batch-size", type=batch_size, help="images a step, of all ranks together")
-    add("--lr", type=positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
-    add("--warmup", type=number(int, 0, 10**9), help="steps over which the learning rate first rises")
-    add("--ema", type=decay, help="decay of the averaged weights, the ones that sample")
+    add("--init", type=cli.filename, default=cli.NONE,
+        help=f"weights to begin with: a model.pt, 'bundled' or '{cli.NONE}'; a vocabulary may be new")
+    add("--steps", type=cli.positive_int, help="optimizer steps")
+    add("--batch-size", type=cli.batch_size, help="images a step, of all ranks together")
+    add("--lr", type=cli.positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
+    add("--warmup", type=cli.number(int, 0, 10**9), help="steps over which the learning rate first rises")
+    add("--ema", type=cli.decay, help="decay of the averaged weights, the ones that sample")
     parser.add_machine()
-    add("--sample-every", type=positive_int, default=2000, help="steps between pictures of samples")
+    add("--sample-every", type=cli.positive_int, default=2000, help="steps between pictures of samples")
     parser.add_run("train", save_every=500)
     parser.add_fields("unet", "UNetConfig")
     return parser.parse_run(free=MAY_CHANGE)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -152,8 +152,7 @@ def step(method: Method, terms: Terms, optimizer: torch.optim.Optimizer, setting
         figures["loss_keep"], g_keep = gradient_of(terms.keep, parameters)
         figures["loss_forget"], g_forget = gradient_of(terms.forget, parameters)
         c = method.rule(g_keep, g_forget, settings) if c is None else torch.tensor(c, device=g_keep[0].device)
-        figures["c"] = c
-        figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
+        figures |= {"c": c, "norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
         # In the memory of g_keep.
         g = [keep.sub_(c * forget) for keep, forget in zip(g_keep, g_forget, strict=True)]
     for parameter, direction in zip(parameters, g, strict=True):

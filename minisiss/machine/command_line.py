@@ -308,6 +308,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{Path(args.resume) / 'config.json'}: {error}") from error
         args = self.parse_again()
         typed = json.loads(json.dumps(vars(args)))
+        if typed.get("init", NONE) not in (NONE, config.get("init")):
+            typed["init"] = os.path.abspath(typed["init"])  # as config.json has it
         changed = [f"--{key.replace('_', '-')} {value}" for key, value in config.items()
                    if key not in free and typed.get(key) != value]
         if changed:

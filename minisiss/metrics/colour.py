@@ -30,11 +30,6 @@ def load_torchscript(path: str, flag: str, source: str, device: torch.device | s
         raise UserError(f"{flag} {path}: not a TorchScript file; get one from {source}") from error
 
 
-def in_colour(images: Tensor) -> Tensor:
-    """Grey images as red, green and blue: [B, 1 or 3, H, W] -> [B, 3, H, W]."""
-    return images.expand(-1, 3, -1, -1)
-
-
 @torch.inference_mode()
 def descriptors(network: torch.jit.ScriptModule, images: Tensor, batch_size: int = 32) -> Tensor:
     """Unit vectors [N, D] that lie close for copies of one picture (SSCD: Pizzi et al. 2022).
@@ -45,8 +40,8 @@ def descriptors(network: torch.jit.ScriptModule, images: Tensor, batch_size: int
     mean, std = (images.new_tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     size = [round(288 / min(images.shape[2:]) * side) for side in images.shape[2:]]
     vectors = []
-    for batch in images.split(batch_size):
-        pixels = F.interpolate((in_colour(batch) + 1) / 2, size=size, mode="bilinear", antialias=True)
+    for batch in images.expand(-1, 3, -1, -1).split(batch_size):
+        pixels = F.interpolate((batch + 1) / 2, size=size, mode="bilinear", antialias=True)
         vectors.append(F.normalize(network((pixels - mean) / std), dim=1))
     return torch.cat(vectors)
 
@@ -54,7 +49,7 @@ def descriptors(network: torch.jit.ScriptModule, images: Tensor, batch_size: int
 def copy_similarity(network: torch.jit.ScriptModule, images: Tensor, original: Tensor) -> Tensor:
     """Cosine similarity of the descriptors: [B]. Above about 0.5 it is a copy (Somepalli et al. 2023).
 
-    images: [B, C, H, W] and original: [1, C, H, W], both in [−1, 1].
+    images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1].
     """
     return (descriptors(network, images) * descriptors(network, original)).sum(dim=1)
 
@@ -67,7 +62,7 @@ def inception_features(network: torch.jit.ScriptModule, images: Tensor, batch_si
     the file that Karras et al. (2020) published does. Raises UserError when it cannot be called so.
     """
     try:
-        batches = (in_colour(to_uint8(batch)) for batch in images.split(batch_size))
+        batches = (to_uint8(batch).expand(-1, 3, -1, -1) for batch in images.split(batch_size))
         return torch.cat([network(batch, return_features=True) for batch in batches])
     except RuntimeError as error:
         what = "the network does not take uint8 images and return_features=True"

@@ -95,6 +95,8 @@ def find_run(name: str, timesteps: list[int], image_shape: tuple[int, int, int] 
     except (KeyError, TypeError, AttributeError) as error:
         what = "does not say how it was made; it is not from train_ddpm.py or unlearn.py"
         raise UserError(f"{path}: {what}") from error
+    if run.settings.get("data") == "prompts":
+        raise UserError(f"{name}: a run on prompts; what a prompt brings back is shown by unlearn.py")
     if run.steps < total:
         again = f"continue it with: {command(script, resume=name)}"
         raise UserError(f"{name}: the run was cut short at step {run.steps} of {total}; {again}")

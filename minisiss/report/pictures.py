@@ -41,7 +41,7 @@ def save_before_after(path: Path, before: Tensor, after: Tensor, tshirts: Tensor
             for old, new in list(pairs)[:most]:
                 rows += [("before", old), ("after", new)]
     if rows:
-        save_rows(path, rows)
+        sheet(rows).save(path)
 
 
 def save_memory(path: Path, originals: Tensor, before: Memories, after: Memories, draws: int = 3) -> None:
@@ -57,7 +57,7 @@ def save_memory(path: Path, originals: Tensor, before: Memories, after: Memories
         rows.append("")
         for label, memories, part in (("noised", before, 0), ("before", before, 1), ("after", after, 1)):
             rows.append((label, torch.stack([memory[part][draw] for memory in memories.values()])))
-    save_rows(path, rows)
+    sheet(rows).save(path)
 
 
 def save_strip(path: Path, timesteps: list[int], strip: dict[int, Tensor]) -> None:
@@ -68,7 +68,7 @@ def save_strip(path: Path, timesteps: list[int], strip: dict[int, Tensor]) -> No
     title = "The image to forget, noised to a timestep and denoised, by steps of unlearning"
     by_timestep = torch.stack(list(strip.values()), dim=1)
     rows = [(f"t = {t}", images) for t, images in zip(timesteps, by_timestep, strict=True)]
-    save_rows(path, [title, [str(step) for step in strip], *rows])
+    sheet([title, [str(step) for step in strip], *rows]).save(path)
 
 
 def save_gif(path: Path, timesteps: list[int], frames: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -86,11 +86,6 @@ def save_gif(path: Path, timesteps: list[int], frames: dict[int, tuple[Tensor, T
         sheets.append(sheet(rows).quantize(32))
     times = [1500, *[500] * (len(sheets) - 2), 3000][: len(sheets)]  # milliseconds
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=times, loop=0)
-
-
-def save_rows(path: Path, rows: list[Row]) -> None:
-    """Write a PNG of rows, see `sheet`."""
-    sheet(rows).save(path)
 
 
 def sheet(rows: list[Row]) -> Image.Image:

@@ -21,7 +21,7 @@ from minisiss.machine.ranks import World
 from minisiss.metrics.classifier import classify, load_classifier
 from minisiss.metrics.forgetting import denoising_loss, is_copy
 from minisiss.metrics.samples import draw_samples
-from minisiss.report.pictures import save_rows
+from minisiss.report.pictures import sheet
 from minisiss.report.table import aligned
 from minisiss.report.unlearned import LOOK_IMAGES, BeforeAfter
 from minisiss.runs.checkpoint import Checkpoint
@@ -199,7 +199,7 @@ class Prompted(BeforeAfter):
             picture += [f"{kind}: '{prompts[0]}'{more}", ("before", before[kind]), ("after", after[kind])]
         found = {"prompt": self.original, "modified": self.modified, "tried": self.tried, "k": self.data.k}
         loop.metrics.write(step=loop.state.step, seconds=loop.state.seconds, **found, copies=record)
-        save_rows(loop.out / "before_after.png", picture)
+        sheet(picture).save(loop.out / "before_after.png")
         print(f"\n{aligned([*rows, ['seconds of unlearning', '', f'{loop.state.seconds:.1f}']])}\n")
         print(f"Look at {loop.out}/before_after.png; the model that forgot is {loop.path}")
 

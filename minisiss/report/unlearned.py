@@ -113,7 +113,7 @@ class BeforeAfter:
         counts."""
         figures, state, args = loop.log(figures, shown=("ess_keep", "ess_forget", "c")), loop.state, self.args
         if not self.told:
-            looks = (args.steps - 1) // args.evaluate_every - state.step // args.evaluate_every + 1
+            looks = (args.steps - 1) // args.evaluate_every - (state.step - 1) // args.evaluate_every + 1
             steps = (args.steps - state.step) * state.seconds / state.step
             seconds = steps + looks * self.looking + self.drawing
             loop.bar.write(f"about {seconds:.0f} s to go")

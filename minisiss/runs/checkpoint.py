@@ -14,14 +14,7 @@ from minisiss.data.digits import ASSETS, MODELS
 from minisiss.data.prompts import TOKENS, WORDS
 from minisiss.errors import UserError
 from minisiss.machine.command_line import NONE
-from minisiss.runs.files import (
-    MOST_TIMESTEPS,
-    check_tensors,
-    read_tensors,
-    reading,
-    unwrapped,
-    write_atomically,
-)
+from minisiss.runs import files
 from minisiss.runs.pretrained import is_published, load_pretrained
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
@@ -62,15 +55,15 @@ def save(
         "format": FORMAT, "config": asdict(model.config), "weights": model.state_dict(), "ema": ema,
         "schedule": vars(schedule), "made_by": made_by, "training": training or {},
         "memorised": memorised or {}}
-    write_atomically(Path(path), lambda file: torch.save(state, file))
+    files.write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint, of anyone. Raises UserError, naming the file, for what is no whole one of ours."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    with reading(path, "checkpoint"):
-        state = read_tensors(path)
+    with files.reading(path, "checkpoint"):
+        state = files.read_tensors(path)
     if type(state) is not dict or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a minisiss checkpoint (its format is not '{FORMAT}')")
     try:
@@ -80,9 +73,9 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         with torch.device("meta"):  # names and shapes only: memory comes when all of them fit
             model = UNet(UNetConfig(**state["config"]))
         shapes = {name: value.shape for name, value in model.state_dict().items()}
-        weights, ema = unwrapped(state["weights"]), unwrapped(state.get("ema") or {})
+        weights, ema = files.unwrapped(state["weights"]), files.unwrapped(state.get("ema") or {})
         for tensors in (weights, ema) if ema else (weights,):
-            check_tensors(path, tensors, shapes)
+            files.check_tensors(path, tensors, shapes)
         model.to_empty(device=device).load_state_dict(ema or weights)
         schedule = checked_schedule(state["schedule"]).to(device)
         # Reports show what made it, which should be a little JSON: lists in each other can be endless JSON.
@@ -99,9 +92,10 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
 def checked_schedule(values: dict[str, Tensor]) -> NoiseSchedule:
     """The schedule in a file: β between 0 and 1, and what follows from them. Raises an error otherwise."""
     betas = values.get("betas")
-    row = isinstance(betas, Tensor) and betas.ndim == 1 and 0 < len(betas) <= MOST_TIMESTEPS
+    row = isinstance(betas, Tensor) and betas.ndim == 1 and 0 < len(betas) <= files.MOST_TIMESTEPS
     if not row or not 0 < betas.min() <= betas.max() < 1:
-        raise ValueError(f"its schedule's betas should be 1 to {MOST_TIMESTEPS:,} numbers between 0 and 1")
+        most = files.MOST_TIMESTEPS
+        raise ValueError(f"its schedule's betas should be 1 to {most:,} numbers between 0 and 1")
     expected = vars(NoiseSchedule.from_betas(betas))
     if values.keys() != expected.keys():
         raise ValueError(f"its schedule should hold {', '.join(expected)}")
@@ -153,7 +147,7 @@ def load_training(path: Path | str, model: UNet, steps: int) -> dict[str, Any]:
     if moments or step:
         sizes = enumerate(parameter.shape for parameter in model.parameters())
         shapes = {i: {"step": torch.Size(), "exp_avg": size, "exp_avg_sq": size} for i, size in sizes}
-        check_tensors(path, by_name(moments), by_name(shapes))
+        files.check_tensors(path, by_name(moments), by_name(shapes))
     # Each in memory of its own, as the optimizer works in place.
     clones = {place: {name: value.clone() for name, value in of.items()} for place, of in moments.items()}
     return training | {"moments": clones}

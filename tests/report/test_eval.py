@@ -139,16 +139,17 @@ def test_what_is_wrong_with_one_run_is_one_line_and_the_others_are_measured(meas
     make_run(tmp_path / "good", 0.1, method="siss")
     make_run(tmp_path / "large", 0.1, size=32, method="siss")
     make_run(tmp_path / "stopped", 0.1, steps=3, method="siss")
+    make_run(tmp_path / "prompted", 0.1, method="siss", data="prompts")
     make_run(tmp_path / "no-model", 0.1, method="siss").joinpath("model.pt").unlink()
     truncated = make_run(tmp_path / "truncated", 0.1, method="siss") / "model.pt"
     truncated.write_bytes(truncated.read_bytes()[:2000])
     of_unknown_origin = make_run(tmp_path / "foreign", 0.1, method="siss") / "model.pt"
     checkpoint.save(of_unknown_origin, checkpoint.load(of_unknown_origin).model, NoiseSchedule.linear(), {"script": "conftest.py"})
     (tmp_path / "empty").mkdir()
-    status, said, error = measure("large", "empty", "nowhere", "no-model", "truncated", "stopped", "foreign", "good")
+    status, said, error = measure("large", "empty", "nowhere", "no-model", "truncated", "stopped", "prompted", "foreign", "good")
     assert status == 2 and "siss" in said
     lines = error.splitlines()
-    expected = ["1×32×32", "empty: holds no run", "nowhere: holds no run", "no model.pt", "truncated", "step 3 of 6", "does not say how it was made"]
+    expected = ["1×32×32", "empty: holds no run", "nowhere: holds no run", "no model.pt", "truncated", "step 3 of 6", "prompted: a run on prompts", "does not say how it was made"]
     assert len(lines) == len(expected) and all(words in line for words, line in zip(expected, lines, strict=True)), error
     assert [result["run"] for result in read(tmp_path / "runs/eval-1/results.json")["runs"]] == ["good"]
 

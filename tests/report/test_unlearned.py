@@ -111,6 +111,6 @@ def test_how_long_it_takes_is_said_once(report, loop):
     loop.log, loop.bar = lambda figures, shown: figures, SimpleNamespace(write=said.append)
     report.args = Namespace(**vars(ARGS) | {"evaluate_every": 10})
     report.looking, report.drawing, loop.state.step, loop.state.seconds = 2.0, 30.0, 10, 15.0
-    for _ in range(2):  # 50 steps of 1.5 s, five looks of 2 s, and the samples afterwards
+    for _ in range(2):  # 50 steps of 1.5 s, six looks of 2 s (one is still to come at this step), and the samples
         report.log(loop, {})
-    assert said == ["about 115 s to go"]
+    assert said == ["about 117 s to go"]

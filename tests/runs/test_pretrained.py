@@ -1,4 +1,4 @@
-"""minisiss/pretrained.py: published DDPMs, held against what diffusers computed with them (tests/golden)."""
+"""minisiss/runs/pretrained.py: published DDPMs, held against what diffusers computed with them (tests/golden)."""
 
 import json
 import shutil

@@ -134,6 +134,15 @@ def test_a_run_goes_on_from_another_directory_and_with_data_and_model_that_moved
     assert steps(tmp_path / "run") == 4
 
 
+def test_the_weights_that_training_began_with_may_be_restated_and_are_no_others(script, tiny_checkpoint, tmp_path):
+    shutil.copy(tiny_checkpoint, tmp_path / "begun.pt")
+    begin = ("--preset", "mnist-tiny", "--data-root", "bundled", "--init", "begun.pt", "--steps")
+    assert script("train_ddpm", *begin, 1, "--out", "run")[0] == 0
+    assert script("train_ddpm", *begin, 2, "--resume", "run")[0] == 0 and steps(tmp_path / "run") == 2
+    status, _, error = script("train_ddpm", "--resume", "run", "--steps", 3, "--init", "none")
+    assert status == 2 and "was started with --init" in error
+
+
 def test_two_processes_do_not_run_in_one_directory(unlearn, script, folder, tmp_path):
     assert unlearn("--forget", "b.png", "--steps", 1, "--out", "run")[0] == 0
     (tmp_path / "run/.unfinished-of-the-other").write_text("")
