@@ -99,10 +99,10 @@ def load_training_set(
             raise UserError(f"{flag}: --data {args.data} has no prompts; try --preset prompts")
     found = world.rank_0_first(lambda: training_set(
         args.data, args.data_root, args.forget, image_shape, args.skip_unreadable, before, args.seed))
-    kept = len(found.keep)
-    if args.data == "pictures" and getattr(args, "batch_size", 0) > kept:
-        only = "is only 1 picture" if kept == 1 else f"are only {kept} pictures"
-        raise UserError(f"--batch-size {args.batch_size}: there {only} to keep")
+    drawn = len(found.keep if getattr(args, "exclude_forget", True) else found.images)
+    if args.data == "pictures" and getattr(args, "batch_size", 0) > drawn:
+        only = "is only 1 picture" if drawn == 1 else f"are only {drawn} pictures"
+        raise UserError(f"--batch-size {args.batch_size}: there {only} to draw from")
     if getattr(args, "exclude_forget", False) and not found.k:
         raise UserError("--exclude-forget: name the pictures to leave out with --forget")
     before = found.before and found.before.to(device)

@@ -309,7 +309,8 @@ def test_the_commands_that_are_printed_can_be_pasted(script, colours, tmp_path):
 
 
 @pytest.mark.parametrize("name, arguments, words", [
-    ("train_ddpm", (*TINY, *NETWORK, "--batch-size", 6), ["--batch-size 6", "only 5 pictures"]),
+    ("train_ddpm", (*TINY, *NETWORK, "--forget", "b.png", "--batch-size", 6), ["--batch-size 6", "only 5 pictures"]),
+    ("train_ddpm", (*TINY, *NETWORK, "--forget", "b.png", "--exclude-forget", "--batch-size", 5), ["--batch-size 5", "only 4 pictures"]),
     ("train_ddpm", (*TINY, *NETWORK, "--exclude-forget"), ["--exclude-forget", "--forget"]),
     ("train_ddpm", (*TINY, "--data", "mnist", "--data-root", "bundled", "--forget", "b.png"), ["--forget b.png", "--data pictures"]),
     ("unlearn", TINY, ["--forget", "name the pictures"]),
