@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files, where there is no screen too
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 from minisiss.report.evaluation import Results
 from minisiss.report.table import mean_and_spread
@@ -54,6 +55,8 @@ def save_pareto(path: Path, groups: dict[str, list[Results]], timestep: int) -> 
     elif not digits:
         quality = "denoising loss on kept pictures"
     end.set(xlabel=over, ylabel=quality, yscale="log", title="Where the runs end")
+    end.yaxis.set_major_formatter("{x:g}")
+    end.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))  # 2.5, and not 2.5 × 10⁰
     way.set(xlabel=memory, ylabel="denoising loss on kept images", title="The way there, step by step")
     end.legend(fontsize=8)
     figure.savefig(path, dpi=150)
