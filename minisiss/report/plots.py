@@ -28,7 +28,7 @@ def save_pareto(path: Path, groups: dict[str, list[Results]], timestep: int) -> 
     """
     digits = any("frechet" in result for results in groups.values() for result in results)
     aim = memories(groups["retrained"]) if digits and "retrained" in groups else None
-    figure, (end, way) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, (end, way) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
     for number, (label, results) in enumerate(groups.items()):
         marker = MARKERS.get(results[0]["method"], "o")
         look, size = {"color": f"C{number % 10}", "marker": marker}, 14 if marker == "*" else 8
@@ -58,7 +58,7 @@ def save_pareto(path: Path, groups: dict[str, list[Results]], timestep: int) -> 
     end.yaxis.set_major_formatter("{x:g}")
     end.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))  # 2.5, and not 2.5 × 10⁰
     way.set(xlabel=memory, ylabel="denoising loss on kept images", title="The way there, step by step")
-    end.legend(fontsize=8)
+    figure.legend(*end.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
