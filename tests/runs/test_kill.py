@@ -58,14 +58,14 @@ def run(directory: str, arguments: tuple, moment: str | None, save: int) -> None
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.argv = [f"{arguments[0]}.py", *map(str, arguments[1:])]
     if moment:
-        write, count = checkpoint.write_atomically, iter(range(1, 10**6))
+        write, count = checkpoint.files.write_atomically, iter(range(1, 10**6))
 
         def counted(*of_a_save):
             if next(count) == save:
                 setattr(*MOMENTS[moment])
             write(*of_a_save)
 
-        checkpoint.write_atomically = counted
+        checkpoint.files.write_atomically = counted  # directory.py has a name of its own for it
     command_line.run({"train_ddpm": train_ddpm, "unlearn": unlearn}[arguments[0]].main)
 
 
