@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def run(directory: str, arguments: tuple, moment: str | None, save: int) -> None
                 setattr(*MOMENTS[moment])
             write(*of_a_save)
 
-        checkpoint.files.write_atomically = counted  # directory.py has a name of its own for it
+        checkpoint.files = SimpleNamespace(**vars(checkpoint.files) | {"write_atomically": counted})  # not for directory.py
     command_line.run({"train_ddpm": train_ddpm, "unlearn": unlearn}[arguments[0]].main)
 
 
