@@ -99,6 +99,7 @@ def load_training_set(
             raise UserError(f"{flag}: --data {args.data} has no prompts; try --preset prompts")
     found = world.rank_0_first(lambda: training_set(
         args.data, args.data_root, args.forget, image_shape, args.skip_unreadable, before, args.seed))
+    # Unlearning draws from the kept ones, as does training without the forget set.
     drawn = len(found.keep if getattr(args, "exclude_forget", True) else found.images)
     if args.data == "pictures" and getattr(args, "batch_size", 0) > drawn:
         only = "is only 1 picture" if drawn == 1 else f"are only {drawn} pictures"

@@ -53,6 +53,7 @@ def complain(error: Exception) -> None:
 
 
 NONE = "none"  # the --init that means weights at random
+PATHS = {"checkpoint", "data_root", "init"}  # settings that name files: config.json has them absolute
 # Flags that say what the data is, and what they are where nothing is said.
 OF_DATA = {
     "preset": "mnist-small", "data": "mnist", "data_root": "bundled", "forget": [], "skip_unreadable": False}
@@ -308,8 +309,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{Path(args.resume) / 'config.json'}: {error}") from error
         args = self.parse_again()
         typed = json.loads(json.dumps(vars(args)))
-        if typed.get("init", NONE) not in (NONE, config.get("init")):
-            typed["init"] = os.path.abspath(typed["init"])  # as config.json has it
+        typed |= {name: os.path.abspath(typed[name]) for name in PATHS & typed.keys()
+                  if typed[name] != config.get(name)}
         changed = [f"--{key.replace('_', '-')} {value}" for key, value in config.items()
                    if key not in free and typed.get(key) != value]
         if changed:

@@ -9,7 +9,7 @@ from typing import Any
 
 from minisiss.data.digits import MODELS
 from minisiss.errors import UserError
-from minisiss.machine.command_line import NONE, read_config
+from minisiss.machine.command_line import NONE, PATHS, read_config
 from minisiss.runs.files import UNFINISHED, write_atomically
 
 
@@ -31,7 +31,7 @@ def new_directory(out: str | None, name: str) -> Path:
 def write_config(directory: Path, args: Namespace) -> None:
     """Write config.json, the settings that --resume goes on with, from wherever it is called."""
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    for name in {"checkpoint", "data_root", "init"} & settings.keys():
+    for name in PATHS & settings.keys():
         if settings[name] not in (*MODELS, NONE):
             settings[name] = os.path.abspath(settings[name])
     write_json(directory / "config.json", settings)
