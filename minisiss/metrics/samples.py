@@ -11,17 +11,18 @@ from minisiss.schedule import Model, NoiseSchedule
 
 
 def draw_samples(model: Model, schedule: NoiseSchedule, count: int, image_shape: tuple[int, int, int], *,
-                 seed: int, steps: int, eta: float, batch_size: int = 64, world: World = ALONE,
-                 title: str = "sampling") -> Tensor:
+                 seed: int, steps: int, eta: float, batch_size: int = 64, start: int = 0,
+                 world: World = ALONE, title: str = "sampling") -> Tensor:
     """Draw `count` images in batches, each from noise that is a function of the seed and the batch's place.
 
     eta = 0 is the sampler of order 2 here, see `denoise_from`. The ranks take turns at the batches, and all
-    get all of them, in order. Returns [count, C, H, W] uint8.
+    get all of them, in order. Returns [count, C, H, W] uint8, or what comes after the first `start` of them,
+    a multiple of the batch size.
     """
     device = schedule.gamma.device
     drawn = [torch.zeros(0, *image_shape, dtype=torch.uint8)]
-    with tqdm(total=count, desc=title, unit="image") as bar:
-        for first in range(0, count, batch_size * world.size):
+    with tqdm(total=count - start, desc=title, unit="image") as bar:
+        for first in range(start, count, batch_size * world.size):
             begin = first + batch_size * world.rank
             images = torch.zeros(batch_size, *image_shape, device=device)  # of one size on all ranks
             if (size := min(batch_size, count - begin)) > 0:

@@ -5,7 +5,7 @@ picture and some are not, and two clusters of these are A and X∖A.
 """
 
 from argparse import Namespace
-from itertools import cycle
+from itertools import cycle, product
 
 import torch
 from torch import Tensor
@@ -57,7 +57,9 @@ class Prompted(BeforeAfter):
         self.original = next(iter(base.memorised)) if args.prompt is None else args.prompt
         self.pictures = to_float(torch.stack([*base.memorised.values()]))
         self.classifier, _ = load_classifier()
+        self.drawn: dict[str, Tensor] = {}  # by prompt, from the model as it is now
         self.which = self.brought_back()
+        self.tried: dict[str, tuple[float, float, float]] = {}
         self.modified, self.data = self.modify()
         fixed = self.original if args.fixed_prompt == "original" else self.modified
         self.prompt = tokens(fixed).to(self.data.images.device)
@@ -66,11 +68,11 @@ class Prompted(BeforeAfter):
 
         unsigned = " ".join(word for word in self.original.split() if word not in ("by", *NAMES, *SIGNATURES))
         self.prompts = {
-            "modified": [self.modified] * SHOWN, "original": [self.original] * SHOWN,
+            "modified": [self.modified], "original": [self.original],
             "ordinary": [unsigned] * (SHOWN - len(ORDINARY)) + ORDINARY}
 
-    def sample(self, prompts: list[str], title: str, count: int = SHOWN) -> Tensor:
-        """Samples of one prompt, or one of each of `count` prompts: [count, C, H, W] in [−1, 1].
+    def sample(self, prompts: list[str], title: str, count: int = SHOWN, start: int = 0) -> Tensor:
+        """Samples of one prompt, or one of each of `count` prompts: [count − start, C, H, W] in [−1, 1].
 
         The noise is the same for every prompt and model.
         """
@@ -78,12 +80,21 @@ class Prompted(BeforeAfter):
         model = guided(self.network, padded(prompts).to(device), args.guidance)
         return to_float(draw_samples(
             model, self.schedule, count, self.shape, seed=args.seed, steps=args.sampling_steps, eta=args.eta,
-            batch_size=SHOWN, world=self.world, title=title))
+            batch_size=SHOWN, start=start, world=self.world, title=title))
+
+    def sample_before(self, prompt: str, count: int) -> Tensor:
+        """The first `count` samples of a prompt from the model before, each batch of which is drawn once."""
+        drawn = self.drawn.get(prompt, torch.zeros(0, *self.shape))
+        if len(drawn) < count:
+            whole = drawn[: len(drawn) // SHOWN * SHOWN]
+            drawn = torch.cat([whole, self.sample([prompt], f"'{prompt}'", count, len(whole))])
+            self.drawn[prompt] = drawn
+        return drawn[:count]
 
     def brought_back(self) -> int:
         """Which memorised picture the prompt brings back most often."""
         for count in (SHOWN, DRAWN):
-            shares = self.shares(self.sample([self.original], "original prompt", count))
+            shares = self.shares(self.sample_before(self.original, count))
             if shares.any():
                 return int(shares.argmax())
         what = f"nothing to forget: 0 of its {DRAWN} samples are a memorised picture"
@@ -126,40 +137,35 @@ class Prompted(BeforeAfter):
         return self.shares(samples)[self.which].item()
 
     def modify(self) -> tuple[str, TrainingSet]:
-        """The first modified prompt with samples of two kinds, and 128 of them: A, the cluster around the
-        picture, and X∖A.
-
-        At least 20% are the picture, A is 20 to 80%, at most 20% are other memorised pictures, and of X∖A 90%
-        show the digit named, or 75% where no prompt passes with 90%: what X∖A has is kept, and takes the
-        picture's place. All this of 8 samples first, then of 32, then of 128.
-        """
-        self.tried: dict[str, tuple[float, float, float]] = {}
-        prompts = modifications(self.original)
-        for least in BARS:
-            missed = []  # the bar, and it alone: the others need not be drawn again for a lower one
-            for prompt in prompts:
-                for count in (SHOWN // 2, 2 * SHOWN, DRAWN):
-                    drawn = self.sample([prompt], "modified prompt", count)
-                    shares = self.shares(drawn)
-                    share = shares[self.which].item()
-                    near = cluster_around(drawn, self.pictures[self.which])
-                    others, named = shares.sum().item() - share, self.named(drawn[~near], prompt)
-                    self.tried[prompt] = share, others, named
-                    two = share >= LEAST and LEAST <= near.float().mean() <= MOST  # kinds, A and X∖A
-                    if not (two and others <= OTHERS):
-                        break
-                    if named < least:
-                        missed.append(prompt)
-                        break
-                else:
-                    images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)
-                    return prompt, TrainingSet(images, int(near.sum()), name="picture", world=self.world)
-            prompts = missed
+        """The first modified prompt with samples of two kinds, and these. Of X∖A 90% show the digit named, or
+        75% where no prompt passes with 90%: what X∖A has is kept, and takes the picture's place."""
+        for least, prompt in product(BARS, modifications(self.original)):
+            if (data := self.two_kinds(prompt, least)) is not None:
+                return prompt, data
         tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, (share, *_) in self.tried.items())
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples in the picture's cluster"
         why = f"{OTHERS:.0%} other memorised ones at most, and {BARS[-1]:.0%} of the rest the digit named"
         tried = tried or "none, it has no word to change"
         raise UserError(f"--prompt '{self.original}': {what}, {why}; tried: {tried}")
+
+    def two_kinds(self, prompt: str, least: float) -> TrainingSet | None:
+        """128 samples of a prompt as A, the cluster around the picture, and X∖A; None where these do not fit.
+
+        At least 20% should be the picture, A be 20 to 80%, at most 20% be other memorised pictures, and of
+        X∖A the share `least` show the digit named. All this of 8 samples first, then of 32, then of 128.
+        """
+        for count in (SHOWN // 2, 2 * SHOWN, DRAWN):
+            drawn = self.sample_before(prompt, count)
+            shares = self.shares(drawn)
+            share = shares[self.which].item()
+            near = cluster_around(drawn, self.pictures[self.which])
+            others, named = shares.sum().item() - share, self.named(drawn[~near], prompt)
+            self.tried[prompt] = share, others, named
+            two = share >= LEAST and LEAST <= near.float().mean() <= MOST  # kinds, A and X∖A
+            if not (two and others <= OTHERS and named >= least):
+                return None
+        images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)
+        return TrainingSet(images, int(near.sum()), name="picture", world=self.world)
 
     def draw_before(self) -> None:
         """Say which prompt stands for the original one, and draw samples from the model as it is now."""
@@ -170,11 +176,10 @@ class Prompted(BeforeAfter):
                 rest = f"{others:.0%} other memorised ones, of the other cluster {named:.0%} show the digit"
                 tqdm.write(f"{share:5.0%} are its picture, {rest}: '{prompt}'")
             tqdm.write(f"A has {data.k} of {data.n} samples of that; {right:.0%} of A are the picture")
-        self.before = self.draw("before")
-
-    def draw(self, when: str) -> dict[str, Tensor]:
-        """Samples of the modified, of the original and of ordinary prompts: [16, C, H, W] each."""
-        return {kind: self.sample(prompts, f"{kind} {when}") for kind, prompts in self.prompts.items()}
+        self.before = {  # samples of each kind, [16, C, H, W]
+            "modified": self.sample_before(self.modified, SHOWN),
+            "original": self.sample_before(self.original, SHOWN),
+            "ordinary": self.sample(self.prompts["ordinary"], "ordinary prompts")}
 
     def look(self, loop: Loop) -> None:
         """Log how well noise is predicted at the fixed prompt, on A and on the other samples."""
@@ -185,7 +190,8 @@ class Prompted(BeforeAfter):
 
     def finish(self, loop: Loop) -> None:
         """Draw again; print the table, and write the picture."""
-        before, after = self.before, self.draw("after")
+        after = {kind: self.sample(prompts, f"{kind} after") for kind, prompts in self.prompts.items()}
+        before = self.before
         if self.world.rank > 0:
             return
         rows, picture, record = [["", "before", "after"]], [("picture", self.pictures[self.which][None])], {}

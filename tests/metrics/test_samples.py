@@ -13,8 +13,8 @@ def model(x, timesteps):
     return 0.5 * x
 
 
-def draw(count: int = 10) -> torch.Tensor:
-    return draw_samples(model, SCHEDULE, count, (1, 4, 4), seed=3, batch_size=4, steps=3, eta=1.0)
+def draw(count: int = 10, start: int = 0) -> torch.Tensor:
+    return draw_samples(model, SCHEDULE, count, (1, 4, 4), seed=3, batch_size=4, start=start, steps=3, eta=1.0)
 
 
 def test_batches_add_up_and_repeat():
@@ -22,6 +22,7 @@ def test_batches_add_up_and_repeat():
     assert first.shape == (10, 1, 4, 4) and first.dtype == torch.uint8
     assert torch.equal(first, second) and torch.equal(first[:8], draw(8))
     assert not torch.equal(first[:4], first[4:8])
+    assert torch.equal(first[4:], draw(10, start=4)) and len(draw(8, start=8)) == 0
 
 
 def test_no_samples_are_no_samples():

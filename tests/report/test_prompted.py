@@ -212,13 +212,18 @@ def test_a_prompt_that_misses_more_than_the_first_bar_is_drawn_once_for_both(scr
     drawn, sample = [], prompted.Prompted.sample
     monkeypatch.setattr(prompted.Prompted, "sample", lambda self, *given: drawn.append(given) or sample(self, *given))
     refused(script, tmp_path, *QUICK, "--checkpoint", base, "--prompt", ORIGINAL)
-    assert [prompts[0] for prompts, title, _ in drawn if title == "modified prompt"] == modifications(ORIGINAL)
+    assert [prompts[0] for prompts, *_ in drawn if prompts != [ORIGINAL]] == modifications(ORIGINAL)
 
 
-def test_a_prompt_that_misses_the_first_bar_alone_may_pass_the_second(script, base, tmp_path, monkeypatch):
+def test_a_prompt_that_misses_the_first_bar_alone_may_pass_the_second_and_no_batch_is_drawn_twice(script, base, tmp_path, monkeypatch):
+    drawn, sample = [], prompted.Prompted.sample
+    monkeypatch.setattr(prompted.Prompted, "sample", lambda self, *given: drawn.append(given) or sample(self, *given))
     monkeypatch.setattr(prompted, "BARS", (1.1, 0.0))
     assert script("unlearn", *QUICK, "--checkpoint", base, "--prompt", ORIGINAL, "--out", "run")[0] == 0
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["modified"] == FIRST
+    before = [(prompts[0], *parts) for prompts, title, *parts in drawn if "after" not in title and len(prompts) == 1]
+    assert [places for prompt, *places in before if prompt == FIRST] == [[8, 0], [32, 0], [48, 32]]
+    assert (ORIGINAL, 16, 0) in before and len(set(before)) == len(before)  # both are also what is shown as before
 
 
 def test_words_flags_and_checkpoints_that_do_not_fit_are_one_line(script, base, tiny_checkpoint, tmp_path):
