@@ -18,6 +18,7 @@ from minisiss.data.neighbours import nearest_kept
 from minisiss.data.training_set import TrainingSet, to_float, to_uint8
 from minisiss.errors import UserError
 from minisiss.machine.command_line import Parser, filename, run, seed
+from minisiss.machine.device import adamw
 from minisiss.metrics.forgetting import denoising_loss
 from minisiss.metrics.quality import energy_distance
 from minisiss.sampling import sample
@@ -65,12 +66,11 @@ def train(model: nn.Module, data: TrainingSet, generator: torch.Generator, name:
         twin = to_uint8(torch.cat([left, -left]))  # the cluster turned by a quarter, where no data is
         ceiling *= torch.tensor(denoising_loss(model, SCHEDULE, twin, 5000, buckets=50)).repeat_interleave(20)
     model = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = adamw(model, lr)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         batch = unlearning.draw_batch(data, 256, SCHEDULE, generator, draw_x, near)
-        terms = method.terms(model, batch, SCHEDULE, settings, ceiling)
-        unlearning.step(method, terms, optimizer, settings)
+        unlearning.step(method, method.terms(model, batch, SCHEDULE, settings, ceiling), optimizer, settings)
     return model
 
 
