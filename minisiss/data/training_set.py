@@ -95,8 +95,9 @@ def load_training_set(
     """
     for name, unset in (("prompt", None), ("guidance", 1.0), ("fixed_prompt", "modified"), ("hold", 0.0)):
         if (value := getattr(args, name, unset)) != unset:
-            flag = f"--{name.replace('_', '-')} '{value}'"
-            raise UserError(f"{flag}: --data {args.data} has no prompts; try --preset prompts")
+            flag, preset = f"--{name.replace('_', '-')} '{value}'", getattr(args, "preset", None)
+            mend = "choose another --preset" if preset == "prompts" else "try --preset prompts"
+            raise UserError(f"{flag}: --data {args.data} has no prompts; {mend}")
     found = world.rank_0_first(lambda: training_set(
         args.data, args.data_root, args.forget, image_shape, args.skip_unreadable, before, args.seed))
     # Unlearning draws from the kept ones, as does training without the forget set.

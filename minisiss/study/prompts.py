@@ -245,8 +245,9 @@ def main() -> None:
 
     if args.in_a_row:
         write(study.in_a_row(out / "in_a_row.pt"))
-        measured = [record for record in read(path) if "after" in record]
-        print(aligned([[*measured[0]], *([f"{value:.3g}" for value in one.values()] for one in measured)]))
+        measured = {one["after"]: one for one in read(path) if "after" in one}  # each once
+        rows = ([f"{value:.3g}" for value in one.values()] for one in measured.values())
+        print(aligned([[*measured[0]], *rows]))
         return
     tried = TRIED if tuning else MEASURED
     for prompt in study.prompts[first - 1 : last]:
