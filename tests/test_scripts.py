@@ -42,7 +42,8 @@ def weights(path):
 
 
 def same(a, b):
-    return all(torch.equal(weights(a)[name], value) for name, value in weights(b).items())
+    ours, theirs = weights(a), weights(b)
+    return all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_train_unlearn_eval_one_after_the_other_as_commands(tmp_path):
