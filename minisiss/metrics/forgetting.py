@@ -70,8 +70,9 @@ def look_alikes(images: Tensor) -> Tensor:
     """Pictures alike that are in no training set, four of each: turned by a quarter to the left and to the
     right, and the mirror images of both: [4 N, C, H, W].
 
-    They have the same pixels at other places. Copies that are shifted by a few pixels are too much alike: a
-    model that remembers the picture takes them for it, and is further off than one that never saw it.
+    They have the same pixels at other places. Copies of the T-shirt that are shifted by a few pixels are too
+    much alike: a model that remembers it takes them for it, and is further off than one that never saw it.
+    (Of a face these, and its mirror image, are nearer: one on its side is harder than any. study/RESULTS.md)
     """
     left = images.rot90(1, dims=(-2, -1))
     both = torch.cat([left, left.flip(-2, -1)])
