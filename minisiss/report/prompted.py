@@ -57,7 +57,7 @@ class Prompted(BeforeAfter):
         self.original = next(iter(base.memorised)) if args.prompt is None else args.prompt
         self.pictures = to_float(torch.stack([*base.memorised.values()]))
         self.classifier, _ = load_classifier()
-        self.drawn: dict[str, Tensor] = {}  # by prompt, from the model as it is now
+        self.drawn: dict[str, Tensor] = {}  # by prompt, see `sample_before`
         self.which = self.brought_back()
         self.tried: dict[str, tuple[float, float, float]] = {}
         self.modified, self.data = self.modify()
