@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # the scripts are modules of the repository's roo
 from minisiss import presets, sampling  # noqa: E402
 from minisiss.machine import command_line  # noqa: E402
 from minisiss.metrics import forgetting, likelihood  # noqa: E402
+from minisiss.report import prompted, unlearned  # noqa: E402
 from minisiss.runs import checkpoint  # noqa: E402
 from minisiss.schedule import NoiseSchedule  # noqa: E402
 from minisiss.unet import UNet, UNetConfig  # noqa: E402
@@ -64,11 +65,17 @@ def make_run(directory: Path, bias: float, seed: int = 0, size: int = 28, steps:
 
 
 def few_steps(setattr) -> None:
-    """Denoise in few steps where the scripts do not say how many, and solve the likelihood's ODE roughly: most of a tiny
-    run is pictures and figures that no test looks at."""
+    """Denoise in few steps where the scripts do not say how many, look at few images, and solve the likelihood's ODE
+    roughly: most of a tiny run is pictures and figures that no test looks at."""
     setattr(sampling, "sample", partial(sampling.sample, steps=2))
     setattr(forgetting, "noise_and_denoise", partial(forgetting.noise_and_denoise, steps=2))
-    setattr(likelihood, "log_density", partial(likelihood.log_density, tolerance=0.1))
+    setattr(forgetting, "OF_EACH", 2)
+    setattr(unlearned, "LOOK_IMAGES", 8)
+    setattr(unlearned, "LOOK_DRAWS", 2)
+    setattr(prompted, "LOOK_IMAGES", 8)
+    setattr(prompted, "HELD", 16)
+    setattr(prompted, "NOISED", 2)
+    setattr(likelihood, "log_density", partial(likelihood.log_density, tolerance=10.0))
 
 
 @pytest.fixture

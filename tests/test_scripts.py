@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 
 import pytest
@@ -209,38 +208,30 @@ def test_every_value_of_a_preset_can_be_overridden(script, tmp_path):
     assert (config.channels, config.attention_levels, config.head_channels) == ((4, 8, 8), (1,), 2)
 
 
-def interrupted(tmp_path, number, *arguments):
-    """Start a script as a process, send it a signal once it has written metrics, and return its status."""
-    metrics = tmp_path / "stopped/metrics.jsonl"
-    before, patience = metrics.read_bytes() if metrics.exists() else b"", time.monotonic() + 60
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while (not metrics.exists() or metrics.read_bytes() == before) and process.poll() is None and time.monotonic() < patience:
-        time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    return process.returncode
+def with_signal(number, step, stepped=loop.Loop.stepped):
+    """`Loop.stepped` for a run that is sent a signal while it takes this step."""
+    return lambda run: (run.state.step == step - 1 and os.kill(os.getpid(), number), stepped(run))
 
 
-def test_a_training_that_is_stopped_and_resumed_equals_one_that_is_not(script, tmp_path):
-    arguments = (*TINY_TRAIN, "--steps", 200)
-    assert interrupted(tmp_path, signal.SIGINT, ROOT / "train_ddpm.py", *arguments, "--out", "stopped") == 130
-    stopped_at = checkpoint.load(tmp_path / "stopped/model.pt").training["step"]
-    assert 50 <= stopped_at < 200
-    assert interrupted(tmp_path, signal.SIGTERM, ROOT / "train_ddpm.py", "--resume", "stopped") == 143
-    assert stopped_at < checkpoint.load(tmp_path / "stopped/model.pt").training["step"] < 200
-    assert script("train_ddpm", "--resume", "stopped")[0] == 0
+def test_a_training_that_is_stopped_and_resumed_equals_one_that_is_not(script, tmp_path, monkeypatch):
+    arguments = (*TINY_TRAIN, "--steps", 60, "--batch-size", 2)
     assert script("train_ddpm", *arguments, "--out", "whole")[0] == 0
+    for flags, number, step in (((*arguments, "--out", "stopped"), signal.SIGINT, 30), (("--resume", "stopped"), signal.SIGTERM, 52)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Loop, "stepped", with_signal(number, step))
+            status, said, _ = script("train_ddpm", *flags)
+        assert status == 128 + number and f"stopped at step {step}; continue with: python" in said and "--resume stopped" in said
+        assert checkpoint.load(tmp_path / "stopped/model.pt").training["step"] == step
+    assert script("train_ddpm", "--resume", "stopped")[0] == 0
     assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
-    steps = [line["step"] for line in lines(tmp_path / "stopped/metrics.jsonl")]
-    assert steps == sorted(set(steps))
+    assert [line["step"] for line in lines(tmp_path / "stopped/metrics.jsonl")] == [50, 60]
 
 
 def test_an_unlearning_that_is_stopped_and_resumed_equals_one_that_is_not(script, tiny_checkpoint, tmp_path, monkeypatch):
     arguments = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint)
     assert script("unlearn", *arguments, "--out", "whole")[0] == 0
-    with monkeypatch.context() as patch:  # Ctrl-C while the first step runs
-        enter = loop.Loop.__enter__
-        patch.setattr(loop.Loop, "__enter__", lambda run: (enter(run), run.note(signal.SIGINT, None))[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "stepped", with_signal(signal.SIGINT, 1))
         status, said, _ = script("unlearn", *arguments, "--out", "stopped")
     assert status == 130 and "--resume stopped" in said
     assert script("unlearn", "--resume", "stopped")[0] == 0

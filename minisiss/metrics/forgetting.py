@@ -12,6 +12,7 @@ from minisiss.sampling import denoise_from
 from minisiss.schedule import Model, NoiseSchedule
 
 TSHIRT_DISTANCE = 10.0  # the paper's criterion for 28×28 pictures
+RANGES, OF_EACH = 50, 40  # ranges of timesteps in which `look_alike_loss` is measured, noisy images of each
 
 # images: [B, C, H, W] and original: [1 or B, C, H, W], both in [−1, 1], for the next three.
 
@@ -86,7 +87,7 @@ def look_alike_loss(model: Model, schedule: NoiseSchedule, data: TrainingSet) ->
     ranges of timesteps, of 40 noisy images each; of A's pictures the first 64 count.
     """
     forget = data.forget[torch.arange(min(64, data.k))].unique(dim=0)
-    losses = denoising_loss(model, schedule, look_alikes(forget), 40 * 50, buckets=50)
+    losses = denoising_loss(model, schedule, look_alikes(forget), OF_EACH * RANGES, buckets=RANGES)
     points = torch.tensor(losses, device=forget.device)[None, None]
     return F.interpolate(points, len(schedule), mode="linear")[0, 0]
 
