@@ -236,8 +236,8 @@ def unseen(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float, unse
         forget:  s · k/(n−k) · w_a ‖ε_old(m_t^T, t)^T − ε_θ(m_t, t)‖²
 
     E[keep + forget] = E_{X∖A} ‖ε_old(m_t) − ε_θ(m_t)‖² + s · k/(n−k) · E_A ‖ε_old(m_t^T)^T − ε_θ(m_t)‖², for
-    every λ and network, is descended on: no more L_{X∖A}, but the old model where m_t is not of A. s is
-    `unseen_weight`. Needs batch.x from X∖A.
+    every λ and network, is descended on. So the kept target is no longer the noise, but what the old model
+    predicts. s is `unseen_weight`. Needs batch.x from X∖A.
     """
     terms = siss(model, batch, schedule, lam)
     m, t, weight = terms.keep.noisy, batch.timesteps, unseen_weight * terms.forget.weight

@@ -40,6 +40,7 @@ def denoise_from(model: Model, schedule: NoiseSchedule, noisy: Tensor, timestep:
         x̂_0 = (x − √(1−ᾱ) ε_θ) / √ᾱ                              (clipped to [−1, 1] if `clip`)
         x'  = √ᾱ' x̂_0 + √(1−ᾱ'−s²) ε + s z,   s² = η² · (1−ᾱ')/(1−ᾱ) · (1 − ᾱ/ᾱ'),   z ~ N(0, I)
 
+    where ε = (x − √ᾱ x̂_0)/√(1−ᾱ), which is ε_θ if x̂_0 was neither clipped nor, see below, extrapolated.
     eta = 0 is deterministic DDIM. eta = 1 is ancestral DDPM sampling: over all T timesteps exactly Ho et
     al.'s algorithm 2 with the posterior's variance β̃_t.
 

@@ -76,8 +76,8 @@ def trained(request):
     return request.param, model
 
 
-# The gradient-norm rule's ρ must fit k/n. In the paper k/n is 1/100 and ρ = 0.1 subtracts several times what deletion
-# would (c > 1); here k/n is 1/3 and the two gradients are about equally long, so that it takes ρ near 1 to get c > 1.
+# The gradient-norm rule's ρ must fit k/n. In the paper k/n is 1/100 and ρ = 0.1 at first subtracts several times what
+# deletion would (c > 1); here k/n is 1/3 and the two gradients are about equally long, so that it takes ρ near 1 to get c > 1.
 @pytest.mark.parametrize("settings", [Settings(superfactor=0.0), Settings(grad_ratio=0.9)], ids=["s=0", "norm rule"])
 def test_siss_leads_from_the_ideal_denoiser_of_all_to_that_of_the_kept_set(trained, settings):
     seed, original = trained

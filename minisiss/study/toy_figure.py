@@ -41,7 +41,7 @@ def draw(path: Path, schedule: NoiseSchedule, data: TrainingSet, model: Model,
 
 def draw_weights(figure: SubFigure, schedule: NoiseSchedule) -> None:
     """The noisy images of the numbers x = −0.6 and a = 0.6, and how much each m counts for them."""
-    figure.suptitle("1  One noisy image m serves two losses, and no weight exceeds 1/λ", **HEADING)
+    figure.suptitle("1  One noisy image m serves two losses, and no weight exceeds 2", **HEADING)
     m = torch.linspace(-2.1, 2.1, 400)[:, None]
     x, a = torch.full_like(m, -0.6), torch.full_like(m, 0.6)
     axes = figure.subplots(2, 3, sharex=True, sharey="row")

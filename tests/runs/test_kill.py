@@ -21,7 +21,7 @@ from minisiss.metrics import forgetting  # noqa: F401
 from minisiss.report import pictures  # noqa: F401
 from minisiss.runs import checkpoint
 
-TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled", "--sample-every", 1000, "--save-every", 1)
+TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled", "--batch-size", 2, "--sample-every", 1000, "--save-every", 1)
 UNLEARN = ("--preset", "mnist-tiny", "--samples", 0, "--memory-timesteps", 500, "--save-every", 2)
 METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retrack", "unseen"]
 
