@@ -142,10 +142,11 @@ class Prompted(BeforeAfter):
         for least, prompt in product(BARS, modifications(self.original)):
             if (data := self.two_kinds(prompt, least)) is not None:
                 return prompt, data
-        tried = ", ".join(f"{share:.0%} '{prompt}'" for prompt, (share, *_) in self.tried.items())
+        nearest = sorted((abs(share - 0.5), share, prompt) for prompt, (share, *_) in self.tried.items())[:5]
+        tried = ", ".join(f"{share:.0%} '{prompt}'" for _, share, prompt in nearest)
+        tried = f"{len(self.tried)}, the nearest {tried}" if tried else "none, it has no word to change"
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples in the picture's cluster"
         why = f"{OTHERS:.0%} other memorised ones at most, and {BARS[-1]:.0%} of the rest the digit named"
-        tried = tried or "none, it has no word to change"
         raise UserError(f"--prompt '{self.original}': {what}, {why}; tried: {tried}")
 
     def two_kinds(self, prompt: str, least: float) -> TrainingSet | None:

@@ -197,6 +197,7 @@ def test_a_prompt_without_a_modified_one_is_one_line_that_says_what_was_tried(di
     monkeypatch.setattr(prompted, "COPY", distance if share == "100%" else 0.1)
     error = refused(script, tmp_path, *QUICK, "--checkpoint", path, "--prompt", ORIGINAL)
     assert "of no modified prompt are 20% to 80% of the samples in the picture's cluster" in error and f"{share} '{FIRST}'" in error
+    assert "tried: 5, the nearest " in error
 
 
 def test_a_modified_prompt_that_brings_back_another_memorised_picture_too_is_none(model, base, tmp_path, script):
