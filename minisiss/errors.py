@@ -1,6 +1,9 @@
 """What ends a run in one line instead of a traceback, and who says it."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -9,6 +12,21 @@ class UserError(Exception):
 
 class Diverged(Exception):
     """A loss or gradient that is no number any more: printed as one line, with exit status 1."""
+
+
+@contextmanager
+def reading(path: Path | str, what: str, reason: str | None = None) -> Iterator[None]:
+    """What fails inside `with` becomes a UserError that names the file, and says why it cannot be read.
+
+    reason: in place of the error's own words.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # a damaged file can fail anywhere in torch's readers, or in a decoder
+        said = str(error).split(" '")[0] or type(error).__name__  # some of Pillow's repeat the whole path
+        raise UserError(f"{path}: not a readable {what} ({reason or said})") from error
 
 
 def of_torchrun(name: str, alone: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from minisiss.errors import UserError, rank
+from minisiss.errors import UserError, rank, reading
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 CACHE_BYTES = 2**30  # of pictures kept in memory once they have been read
@@ -203,19 +203,13 @@ def digest(picture: Tensor) -> str:
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """Open a picture, reading its header. What fails, also inside `with`, is a UserError naming the file."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if min(width, height) < LEAST_SIDE:
-                raise ValueError(f"only {width}×{height} pixels")
-            if width * height > Image.MAX_IMAGE_PIXELS:  # a small file that unfolds to gigabytes
-                raise ValueError(f"{width}×{height} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused")
-            yield picture
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # a damaged file can fail anywhere in a decoder
-        reason = str(error).split(" '")[0] or type(error).__name__  # some of Pillow's repeat the whole path
-        raise UserError(f"{path}: not a readable picture ({reason})") from error
+    with reading(path, "picture"), Image.open(path) as picture:
+        width, height = picture.size
+        if min(width, height) < LEAST_SIDE:
+            raise ValueError(f"only {width}×{height} pixels")
+        if width * height > Image.MAX_IMAGE_PIXELS:  # a small file that unfolds to gigabytes
+            raise ValueError(f"{width}×{height} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused")
+        yield picture
 
 
 def read_picture(path: Path, image_shape: tuple[int, int, int]) -> Tensor:

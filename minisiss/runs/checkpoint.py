@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minisiss.data.digits import ASSETS, MODELS
 from minisiss.data.prompts import TOKENS, WORDS
-from minisiss.errors import UserError
+from minisiss.errors import UserError, reading
 from minisiss.machine.command_line import NONE
 from minisiss.runs import files
 from minisiss.runs.pretrained import is_published, load_pretrained
@@ -62,7 +62,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint, of anyone. Raises UserError, naming the file, for what is no whole one of ours."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    with files.reading(path, "checkpoint"):
+    with reading(path, "checkpoint", files.DAMAGED):
         state = files.read_tensors(path)
     if type(state) is not dict or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a minisiss checkpoint (its format is not '{FORMAT}')")

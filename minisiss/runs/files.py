@@ -6,8 +6,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,21 +15,10 @@ import torch
 from minisiss.errors import UserError
 
 MOST_TIMESTEPS = 100_000  # of a schedule in a file
+DAMAGED = "truncated, damaged, or of another program"  # what torch's readers say of it helps nobody
 UNFINISHED = ".unfinished-"  # how the names of temporary files begin
 # What the pickle of dense tensors refers to; torch trusts more than that, bytearray(10**10) for one.
 TRUSTED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
-
-
-@contextmanager
-def reading(path: Path | str, what: str) -> Iterator[None]:
-    """What fails inside `with` becomes a UserError that names the file, and says why it cannot be read."""
-    try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # a damaged file can fail anywhere in torch's readers
-        reason = "truncated, damaged, or of another program"
-        raise UserError(f"{path}: not a readable {what} ({reason})") from error
 
 
 def read_tensors(path: Path | str) -> Any:
