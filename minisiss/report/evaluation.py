@@ -128,7 +128,7 @@ class Evaluation:
 
     def __init__(self, args: Namespace, image_shape: tuple[int, int, int], device: torch.device,
                  world: World) -> None:
-        self.args, self.shape, self.device, self.world = args, image_shape, device, world
+        self.args, self.device, self.world = args, device, world
         self.thorough, self.mnist = bool(args.runs), args.data == "mnist"
         load = colour.load_torchscript
         self.sscd = args.sscd and load(args.sscd, "--sscd", colour.SSCD, device)
@@ -154,9 +154,7 @@ class Evaluation:
         result = {"run": run.name, "method": run.method, "steps": run.steps, "seconds": run.seconds}
 
         say(f"{run.name}: samples")
-        samples = kept_samples(
-            run, predict, base.schedule, args.samples, self.shape, steps=args.sampling_steps, eta=args.eta,
-            seed=args.seed, precision=args.precision, world=self.world)
+        samples = kept_samples(args, run, predict, base.schedule, self.world)
         self.first = samples[:256]  # for a picture
         if self.mnist and args.samples:
             copies = forgetting.is_copy(samples, self.originals[:1])
@@ -191,25 +189,26 @@ class Evaluation:
         return result | {"settings": run.settings}
 
 
-def kept_samples(run: Run, model: Model, schedule: NoiseSchedule, count: int,
-                 image_shape: tuple[int, int, int], *, steps: int, eta: float, seed: int, precision: str,
+def kept_samples(args: Namespace, run: Run, model: Model, schedule: NoiseSchedule,
                  world: World = ALONE) -> Tensor:
-    """Samples of a run's model: [count, C, H, W] in [−1, 1], from the run's directory if they are there.
+    """--samples of a run's model: [N, C, H, W] in [−1, 1], from the run's directory if they are there.
 
     The file's name is a digest of all that the samples depend on, the content of the checkpoint included.
     """
-    device = schedule.gamma.device
-    sampler = "trailing" if eta else "2M"  # samples of an earlier version are drawn again
-    made_by = json.dumps([run.digest, count, *image_shape, steps, eta, sampler, seed, precision, device.type])
+    device, shape = schedule.gamma.device, (args.samples, *run.image_shape)
+    sampler = "trailing" if args.eta else "2M"  # samples of an earlier version are drawn again
+    made_by = json.dumps([
+        run.digest, *shape, args.sampling_steps, args.eta, sampler, args.seed, args.precision, device.type])
     path = run.directory and run.directory / f"samples-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.pt"
     try:
         samples = read_tensors(path)
-        there = (samples.shape, samples.dtype) == ((count, *image_shape), torch.uint8)
+        there = (samples.shape, samples.dtype) == (shape, torch.uint8)
     except Exception:  # not there, or damaged: a file can fail anywhere in torch's readers
         there = False
     if world.max(not there):  # all ranks draw as soon as one of them has to
-        how = dict(seed=seed, steps=steps, eta=eta, world=world, title=f"{run.name}: sampling")
-        samples = draw_samples(model, schedule, count, image_shape, **how)
+        samples = draw_samples(
+            model, schedule, args.samples, run.image_shape, seed=args.seed, steps=args.sampling_steps,
+            eta=args.eta, world=world, title=f"{run.name}: sampling")
 
         def keep() -> None:
             try:

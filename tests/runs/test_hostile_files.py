@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -693,10 +694,10 @@ def test_a_run_that_does_not_say_how_it_was_made_is_refused(change, whole, run):
 def test_samples_in_a_runs_directory_that_are_not_what_they_should_be_are_drawn_again(bad, run):
     directory = run("unlearn")
     found = evaluation.Run("run", directory, (1, 28, 28), "run/model.pt", "digest", {}, 1, 1.0)
+    args = Namespace(samples=4, sampling_steps=1, eta=0.0, seed=0, precision="fp32")
 
     def draw() -> torch.Tensor:
-        options = {"steps": 1, "eta": 0.0, "seed": 0, "precision": "fp32"}
-        return evaluation.kept_samples(found, lambda x, timesteps: x / 2, NoiseSchedule.linear(), 4, torch.Size([1, 28, 28]), **options)
+        return evaluation.kept_samples(args, found, lambda x, timesteps: x / 2, NoiseSchedule.linear())
 
     samples = draw()
     (path,) = directory.glob("samples-*.pt")
