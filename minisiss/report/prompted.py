@@ -19,11 +19,11 @@ from minisiss.errors import UserError
 from minisiss.losses import squared_error
 from minisiss.machine.ranks import World
 from minisiss.metrics.classifier import classify, load_classifier
-from minisiss.metrics.forgetting import denoising_loss, is_copy
+from minisiss.metrics.forgetting import is_copy
 from minisiss.metrics.samples import draw_samples
 from minisiss.report.pictures import sheet
 from minisiss.report.table import aligned
-from minisiss.report.unlearned import LOOK_IMAGES, BeforeAfter
+from minisiss.report.unlearned import BeforeAfter
 from minisiss.runs.checkpoint import Checkpoint
 from minisiss.runs.loop import Loop
 from minisiss.sampling import guided
@@ -184,9 +184,7 @@ class Prompted(BeforeAfter):
 
     def look(self, loop: Loop) -> None:
         """Log how well noise is predicted at the fixed prompt, on A and on the other samples."""
-        parts = {"kept": self.data.keep, "forget": self.data.forget}
-        losses = {f"loss_on_{part}": denoising_loss(self.model, self.schedule, images, LOOK_IMAGES)[0]
-                  for part, images in parts.items()}
+        losses = self.losses()
         loop.log(losses, shown=tuple(losses))
 
     def finish(self, loop: Loop) -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 from argparse import Namespace
+from functools import partial
 from statistics import median_high
 
 import torch
@@ -89,15 +90,17 @@ class BeforeAfter:
         """Images noised to a timestep, and what the model makes of them."""
         return forgetting.noise_and_denoise(self.model, self.schedule, originals, timestep, self.args.seed)
 
+    def losses(self) -> dict[str, float]:
+        """How well noise is predicted on X∖A and on A."""
+        loss_on = partial(forgetting.denoising_loss, self.model, self.schedule, count=LOOK_IMAGES)
+        return {"loss_on_kept": loss_on(self.data.keep)[0], "loss_on_forget": loss_on(self.data.forget)[0]}
+
     def look(self, loop: Loop) -> None:
         """Log what comes back of the forget set at the middle timestep, and how well noise is predicted."""
         began, step, args = time.perf_counter(), loop.state.step, self.args
         some = self.forgotten[:LOOK_DRAWS]
         memory = forgetting.similarity(self.recall(some, self.middle)[1], some).mean()
-        figures = {"memory": memory, "memory_timestep": self.middle}
-        for part, images in (("kept", self.data.keep), ("forget", self.data.forget)):
-            (loss,) = forgetting.denoising_loss(self.model, self.schedule, images, LOOK_IMAGES)
-            figures[f"loss_on_{part}"] = loss
+        figures = {"memory": memory, "memory_timestep": self.middle} | self.losses()
         if self.tau is not None and not step:
             figures["ceiling"] = self.tau[len(self.tau) // 20 :: len(self.tau) // 10]  # of each tenth of t
         loop.log(figures, shown=("memory",))
