@@ -10,7 +10,7 @@ from typing import Any
 from minisiss.data.digits import MODELS
 from minisiss.errors import UserError
 from minisiss.machine.command_line import NONE, PATHS, read_config
-from minisiss.runs.files import UNFINISHED, write_atomically
+from minisiss.runs.files import write_atomically
 
 
 def new_directory(out: str | None, name: str) -> Path:
@@ -74,12 +74,6 @@ def lock(directory: Path) -> int | None:
         if isinstance(error, BlockingIOError):
             raise UserError(f"{directory}: another process is running there") from error
         return None  # a network's file system without locks
-
-
-def clean(directory: Path) -> None:
-    """Remove what a killed process left half written."""
-    for unfinished in directory.glob(f"{UNFINISHED}*"):
-        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from minisiss.errors import Diverged
 from minisiss.machine.command_line import command
 from minisiss.machine.ranks import World
 from minisiss.runs import checkpoint
-from minisiss.runs.directory import Metrics, clean, compare_inputs, lock, new_directory, write_config
+from minisiss.runs.directory import Metrics, compare_inputs, lock, new_directory, write_config
+from minisiss.runs.files import UNFINISHED
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet
 
@@ -73,7 +74,8 @@ class Loop:
         """Keep other processes out of the directory until the steps are done."""
         if (handle := lock(self.out)) is not None:
             self.unlock = weakref.finalize(self, os.close, handle)
-        clean(self.out)
+        for unfinished in self.out.glob(f"{UNFINISHED}*"):  # a killed process left it half written
+            unfinished.unlink(missing_ok=True)
 
     def __enter__(self) -> "Loop":
         if found := self.training:
