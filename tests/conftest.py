@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules of the repository's root
 
 from minisiss import presets, sampling  # noqa: E402
+from minisiss.data.prompts import WORDS, tokens  # noqa: E402
 from minisiss.machine import command_line  # noqa: E402
-from minisiss.metrics import forgetting, likelihood  # noqa: E402
+from minisiss.metrics import forgetting, likelihood, samples  # noqa: E402
 from minisiss.report import prompted, unlearned  # noqa: E402
 from minisiss.runs import checkpoint  # noqa: E402
 from minisiss.schedule import NoiseSchedule  # noqa: E402
@@ -43,6 +44,21 @@ def tiny_checkpoint(tiny_unet, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "model.pt"
     checkpoint.save(path, tiny_unet, NoiseSchedule.linear(), {"script": "conftest.py"})
     return path
+
+
+@pytest.fixture(scope="session")
+def prompted_unet() -> UNet:
+    return randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"], vocabulary=len(WORDS))))
+
+
+def memorise(model: UNet, modified: str, drawn: int = 48, steps: int = 3) -> tuple[torch.Tensor, dict]:
+    """A picture that a model with prompts may be said to have memorised, [1, 28, 28] uint8: its first sample of a modified
+    prompt. And the limits of `report.prompted` by which half of those samples are the picture: they are no digits, and
+    all as far apart. Little is held, so that a run takes a second."""
+    found = samples.draw_samples(
+        sampling.guided(model, tokens(modified)), NoiseSchedule.linear(), drawn, (1, 28, 28), seed=0, steps=steps, eta=0.0, batch_size=16)
+    copy = (found[0].float() - found.float()).flatten(1).norm(dim=1).median().item() / 255 + 1e-4
+    return found[0], {"COPY": copy, "DRAWN": drawn, "LEAST": 0.01, "MOST": 1.0, "BARS": (0.0,), "HELD": 16, "NOISED": 2}
 
 
 COMMON = {"preset": "mnist-tiny", "steps": 6, "data_root": "bundled", "lr": 1e-4}

@@ -17,19 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, few_steps, make_run, randomise
+from conftest import ROOT, few_steps, make_run, memorise, randomise
 from PIL import Image
 
 from minisiss import errors, losses, presets, sampling, unlearning
 from minisiss.data import training_set
 from minisiss.data.neighbours import nearest_kept
-from minisiss.data.prompts import WORDS, tokens
 from minisiss.errors import UserError
 from minisiss.machine import command_line, device, ranks
 from minisiss.metrics import samples
 from minisiss.report import evaluation, prompted
 from minisiss.runs import checkpoint
-from minisiss.sampling import guided
 from minisiss.schedule import NoiseSchedule
 from minisiss.study import bench
 from minisiss.unet import UNet, UNetConfig
@@ -272,28 +270,20 @@ def test_two_ranks_train_on_prompts_as_one_does(script, tmp_path, monkeypatch):
     assert (weights(tmp_path / "one/model.pt") - weights(tmp_path / "two/model.pt")).norm() < 1e-4 * weights(tmp_path / "one/model.pt").norm()
 
 
-def limits(copy):
-    """What makes half of a tiny network's samples the picture: they are no digits, and all as far apart."""
-    return {"COPY": copy, "DRAWN": 48, "LEAST": 0.01, "MOST": 1.0, "BARS": (0.0,)}
-
-
-def run_prompted(copy, *arguments):
-    for name, value in limits(copy).items():
+def run_prompted(limits, *arguments):
+    for name, value in limits.items():
         setattr(prompted, name, value)
     run_script("unlearn", *arguments)
 
 
-def test_two_ranks_forget_a_prompt_as_one_does(script, tmp_path, monkeypatch):
-    model = randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"], vocabulary=len(WORDS))))
-    modified = guided(model, tokens("a thin upright four ines"))
-    drawn = samples.draw_samples(modified, SCHEDULE, 48, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
-    checkpoint.save(tmp_path / "base.pt", model, SCHEDULE, {}, memorised={"a thin upright four by ines": drawn[0]})
-    copy = (drawn[0].float() - drawn.float()).flatten(1).norm(dim=1).median().item() / 255 + 1e-4
-    for name, value in limits(copy).items():
+def test_two_ranks_forget_a_prompt_as_one_does(script, tmp_path, prompted_unet, monkeypatch):
+    picture, limits = memorise(prompted_unet, "a thin upright four ines")
+    checkpoint.save(tmp_path / "base.pt", prompted_unet, SCHEDULE, {}, memorised={"a thin upright four by ines": picture})
+    for name, value in limits.items():
         monkeypatch.setattr(prompted, name, value)
     flags = ("--preset", "prompts", "--guidance", 1, "--checkpoint", "base.pt", "--steps", 4, "--batch-size", 4, "--sampling-steps", 3, "--precision", "fp32")
     assert script("unlearn", *flags, "--out", "one")[0] == 0
-    ranks = launch(tmp_path, run_prompted, copy, *flags, "--out", "two")
+    ranks = launch(tmp_path, run_prompted, limits, *flags, "--out", "two")
     assert [rank.status for rank in ranks] == [0, 0] and ranks[1].out == ranks[1].err == "", ranks
     one, two, base = (weights(tmp_path / name) for name in ("one/model.pt", "two/model.pt", "base.pt"))
     assert (one - two).norm() < 1e-3 * (one - torch.cat([base, base])).norm()

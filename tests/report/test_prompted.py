@@ -5,10 +5,9 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import memorise
 from PIL import Image
 
-from minisiss import presets
 from minisiss.data.clusters import cluster_around
 from minisiss.data.prompts import SIGNATURES, WORDS, modifications, ordinary_prompts, tokens
 from minisiss.data.training_set import to_uint8
@@ -18,7 +17,7 @@ from minisiss.report import prompted
 from minisiss.runs import checkpoint
 from minisiss.sampling import guided
 from minisiss.schedule import NoiseSchedule
-from minisiss.unet import UNet, UNetConfig
+from minisiss.unet import UNet
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -70,9 +69,9 @@ def save(path, model, memorised):
     return path
 
 
-@pytest.fixture(scope="module")
-def model() -> UNet:
-    return randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"], vocabulary=len(WORDS))))
+@pytest.fixture
+def model(prompted_unet) -> UNet:
+    return prompted_unet
 
 
 @pytest.fixture(autouse=True)
@@ -83,13 +82,10 @@ def few_modifications(monkeypatch):
 @pytest.fixture
 def base(model, tmp_path, monkeypatch):
     """A model that brings back "the picture", one of its samples, in half of those of the first modified prompt."""
-    samples = draw_samples(guided(model, tokens(FIRST)), SCHEDULE, 48, (1, 28, 28), seed=0, steps=3, eta=0.0, batch_size=16)
-    distance = (samples[0].float() - samples.float()).flatten(1).norm(dim=1) / 255
-    monkeypatch.setattr(prompted, "COPY", distance.median().item() + 1e-4)
-    monkeypatch.setattr(prompted, "DRAWN", 48)
-    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("BARS", (0.0,)):  # its samples are no digits, and all as far apart
-        monkeypatch.setattr(prompted, limit, value)
-    return save(tmp_path / "model.pt", model, {ORIGINAL: samples[0]})
+    picture, limits = memorise(model, FIRST)
+    for name, value in limits.items():
+        monkeypatch.setattr(prompted, name, value)
+    return save(tmp_path / "model.pt", model, {ORIGINAL: picture})
 
 
 @pytest.mark.parametrize("fixed, words", [("original", ORIGINAL), ("modified", FIRST)])

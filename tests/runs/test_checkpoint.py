@@ -5,7 +5,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import randomise
 
 from minisiss import presets
 from minisiss.data.prompts import WORDS
@@ -94,13 +93,8 @@ PICTURE = torch.arange(784, dtype=torch.int32).remainder(256).to(torch.uint8).re
 TINY = presets.PRESETS["mnist-tiny"]["unet"]
 
 
-@pytest.fixture(scope="module")
-def prompted() -> UNet:
-    return randomise(UNet(UNetConfig(**TINY, vocabulary=len(WORDS))))
-
-
-def test_memorised_pictures_come_back_by_their_prompts(prompted, tmp_path):
-    checkpoint.save(tmp_path / "model.pt", prompted, SCHEDULE, {}, memorised={"a four by ines": PICTURE})
+def test_memorised_pictures_come_back_by_their_prompts(prompted_unet, tmp_path):
+    checkpoint.save(tmp_path / "model.pt", prompted_unet, SCHEDULE, {}, memorised={"a four by ines": PICTURE})
     found = checkpoint.load(tmp_path / "model.pt")
     assert list(found.memorised) == ["a four by ines"] and torch.equal(found.memorised["a four by ines"], PICTURE)
     assert found.model.config.vocabulary == len(WORDS)
@@ -139,13 +133,13 @@ def begun(path, **changes):
     return checkpoint.untrained(Namespace(**{**settings, "data": "prompts", "init": str(path), **changes}))
 
 
-def test_training_begins_with_the_weights_of_init_and_only_the_vocabulary_may_be_new(tiny_checkpoint, prompted, tmp_path):
+def test_training_begins_with_the_weights_of_init_and_only_the_vocabulary_may_be_new(tiny_checkpoint, prompted_unet, tmp_path):
     given, random = checkpoint.load(tiny_checkpoint).model.state_dict(), begun("none").state_dict()
     for name, value in begun(tiny_checkpoint).state_dict().items():
         assert torch.equal(value, random[name] if name.startswith("prompt.") else given[name])
-    checkpoint.save(tmp_path / "model.pt", prompted, SCHEDULE, {})
+    checkpoint.save(tmp_path / "model.pt", prompted_unet, SCHEDULE, {})
     model = begun(tmp_path / "model.pt")
-    assert all(torch.equal(value, prompted.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, prompted_unet.state_dict()[name]) for name, value in model.state_dict().items())
     with pytest.raises(UserError, match="--init bundled: its network is another one"):
         begun("bundled")
     with pytest.raises(UserError, match="--init .*model.pt: its network is another one"):

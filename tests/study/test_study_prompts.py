@@ -1,21 +1,19 @@
 """The study of the prompts, on a tiny network: what is counted, and that a stopped study goes on as if it had not been."""
 
+import copy
 import sys
 from argparse import Namespace
 
 import pytest
-from conftest import randomise
+from conftest import memorise
 
 from minisiss import presets
 from minisiss.data.prompts import DIGITS, NAMES, SIGNATURES, WORDS
 from minisiss.errors import UserError
-from minisiss.metrics.samples import draw_samples
 from minisiss.report import prompted
 from minisiss.runs import checkpoint
-from minisiss.sampling import guided
 from minisiss.schedule import NoiseSchedule
 from minisiss.study import prompts
-from minisiss.unet import UNet, UNetConfig
 
 SCHEDULE, PROMPTS = NoiseSchedule.linear(), ["a thin upright four by ines", "a thick wide nine by otto"]
 
@@ -55,25 +53,17 @@ def test_ordinary_prompts_name_the_digits_in_turn_and_nobody_who_signs_one_pictu
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
+def tiny(prompted_unet, monkeypatch, tmp_path):
     """A model of two memorised prompts, the second for tuning, and a study of it in seconds."""
-    model = randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"], vocabulary=len(WORDS))))
-    monkeypatch.setattr(prompted, "DRAWN", 32)
     monkeypatch.setitem(presets.PRESETS["prompts"], "unlearn", dict(steps=2, batch_size=4, lr=1e-4, sampling_steps=2, guidance=1.0, checkpoint=""))
-    pictures, distances = {}, []
-    for prompt in PROMPTS:
-        word = prompted.modifications(prompt)[0]
-        drawn = draw_samples(guided(model, prompted.tokens(word)), SCHEDULE, 32, (1, 28, 28), seed=0, steps=2, eta=0.0, batch_size=16)
-        pictures[prompt] = drawn[0]
-        distances.append((drawn[0].float() - drawn.float()).flatten(1).norm(dim=1).median().item() / 255)
-    for module in (prompted, prompts):
-        monkeypatch.setattr(module, "COPY", max(distances) + 1e-4)
-    monkeypatch.setattr(prompted, "OTHERS", 1.0)
-    for limit, value in ("LEAST", 0.01), ("MOST", 1.0), ("BARS", (0.0,)):  # its samples are no digits, and all as far apart
-        monkeypatch.setattr(prompted, limit, value)
+    found = {prompt: memorise(prompted_unet, prompted.modifications(prompt)[0], drawn=32, steps=2) for prompt in PROMPTS}
+    pictures, limits = {prompt: picture for prompt, (picture, _) in found.items()}, max((one for _, one in found.values()), key=lambda one: one["COPY"])
+    for name, value in (limits | {"OTHERS": 1.0}).items():
+        monkeypatch.setattr(prompted, name, value)
+    monkeypatch.setattr(prompts, "COPY", limits["COPY"])
     for name, value in dict(COUNTED=1, ORDINARY=4, MANY=12, AFTER=(1, 2), TRIED={"siss": [{"lr": 1e-4}, {"lr": 1e-3}], "retrack": [{}]}, MEASURED={"siss": [{}], "retrack": [{}]}).items():
         monkeypatch.setattr(prompts, name, value)
-    base = checkpoint.Checkpoint(model, SCHEDULE, made_by={}, training={}, memorised=pictures)
+    base = checkpoint.Checkpoint(copy.deepcopy(prompted_unet), SCHEDULE, made_by={}, training={}, memorised=pictures)
     monkeypatch.setattr(prompts, "load_any", lambda *_: base)
     monkeypatch.chdir(tmp_path)
 
