@@ -61,7 +61,7 @@ def test_modifications_weaken_the_signature_and_change_looks_the_least_change_fi
 
 
 ORIGINAL, FIRST = "a thin upright four by ines", "a thin upright four ines"  # the first modification
-QUICK = ("--preset", "prompts", "--guidance", 1, "--steps", 2, "--batch-size", 4, "--sampling-steps", 3, "--evaluate-every", 1, "--precision", "fp32")
+QUICK = ("--preset", "prompts", "--guidance", 1, "--steps", 2, "--batch-size", 4, "--sampling-steps", 3, "--evaluate-every", 2, "--precision", "fp32")
 
 
 def save(path, model, memorised):
