@@ -13,10 +13,6 @@ from pathlib import Path
 
 from minisiss.machine import command_line as cli
 
-MAY_CHANGE = {
-    "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "sample_every",
-    "data_root", "skip_unreadable"}
-
 
 def main() -> int:
     args = parse_arguments()
@@ -100,7 +96,7 @@ def parse_arguments() -> Namespace:
     add("--sample-every", type=cli.positive_int, default=2000, help="steps between pictures of samples")
     parser.add_run("train", save_every=500)
     parser.add_fields("unet", "UNetConfig")
-    return parser.parse_run(free=MAY_CHANGE)
+    return parser.parse_run()
 
 
 if __name__ == "__main__":

@@ -13,10 +13,6 @@ from functools import partial
 
 from minisiss.machine.command_line import Parser, batch_size, decay, filename, positive, positive_int, run
 
-MAY_CHANGE = {
-    "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "samples",
-    "checkpoint", "data_root", "skip_unreadable"}
-
 
 def main() -> int:
     args = parse_arguments()
@@ -100,7 +96,7 @@ def parse_arguments() -> Namespace:
     parser.add_sampling()
     parser.add_machine()
     parser.add_run("METHOD", save_every=50)
-    return parser.parse_run(free=MAY_CHANGE)
+    return parser.parse_run()
 
 
 if __name__ == "__main__":

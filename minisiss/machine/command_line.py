@@ -54,6 +54,9 @@ def complain(error: Exception) -> None:
 
 NONE = "none"  # the --init that means weights at random
 PATHS = {"checkpoint", "data_root", "init"}  # settings that name files: config.json has them absolute
+MAY_CHANGE = {  # settings that may be others when a run is resumed
+    "steps", "device", "precision", "compile", "checkpoint_activations", "save_every", "sample_every",
+    "samples", "checkpoint", "data_root", "skip_unreadable"}
 # Flags that say what the data is, and what they are where nothing is said.
 OF_DATA = {
     "preset": "mnist-small", "data": "mnist", "data_root": "bundled", "forget": [], "skip_unreadable": False}
@@ -292,10 +295,10 @@ class Parser(argparse.ArgumentParser):
                 found[name] = getattr(super().parse_args([flag.option_strings[0], *typed]), name)
         return found
 
-    def parse_run(self, free: set[str]) -> argparse.Namespace:
+    def parse_run(self) -> argparse.Namespace:
         """Parse the command line of a script with --resume.
 
-        A resumed run has the settings in its config.json; flags may restate them, and change those in `free`.
+        A resumed run has the settings in its config.json; flags may restate them, and change `MAY_CHANGE`.
         """
         args = self.parse_args()
         if args.resume is None:
@@ -312,7 +315,7 @@ class Parser(argparse.ArgumentParser):
         typed |= {name: os.path.abspath(typed[name]) for name in PATHS & typed.keys()
                   if typed[name] != config.get(name)}
         changed = [f"--{key.replace('_', '-')} {value}" for key, value in config.items()
-                   if key not in free and typed.get(key) != value]
+                   if key not in MAY_CHANGE and typed.get(key) != value]
         if changed:
             started = f"that run was started with {', '.join(changed)}"
             raise UserError(f"--resume {args.resume}: {started}; leave these flags out")
