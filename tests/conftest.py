@@ -34,6 +34,21 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def tensors_of(path: Path) -> dict[tuple, torch.Tensor]:
+    """What is in a checkpoint, by kind and name: weights, their averages, and AdamW's state."""
+    state = torch.load(path, weights_only=True)
+    moments = state["training"]["optimizer"]["state"] if state["training"] else {}
+    by_name = {(place, name): value for place, of in moments.items() for name, value in of.items()}
+    parts = {"weights": state["weights"], "ema": state["ema"] or {}, "moments": by_name}
+    return {(kind, name): value for kind, tensors in parts.items() for name, value in tensors.items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether all that is in the checkpoint b is in a, bit for bit."""
+    ours, theirs = tensors_of(a), tensors_of(b)
+    return all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 @pytest.fixture(scope="session")
 def tiny_unet() -> UNet:
     return randomise(UNet(UNetConfig(**presets.PRESETS["mnist-tiny"]["unet"])))

@@ -13,7 +13,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, same, tensors_of
 from PIL import Image
 
 from minisiss import losses, presets, unlearning
@@ -33,16 +33,6 @@ METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retr
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def weights(path):
-    state = torch.load(path, weights_only=True)
-    return {(kind, name): value for kind in ("weights", "ema") for name, value in (state[kind] or {}).items()}
-
-
-def same(a, b):
-    ours, theirs = weights(a), weights(b)
-    return all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_train_unlearn_eval_one_after_the_other_as_commands(tmp_path):
@@ -107,7 +97,7 @@ def test_a_run_takes_the_steps_that_its_flags_say(method, draw_x, numbers, ema, 
         unlearning.step(row, row.terms(model, batch, base.schedule, settings, old=old), optimizer, settings, gradient_of=gradient_in_parts)
         for mean, value in zip(average.parameters(), model.parameters(), strict=True):
             mean.lerp_(value, 1 - ema)
-    found, originals = weights(run / "model.pt"), data.measured(1)[1]
+    found, originals = tensors_of(run / "model.pt"), data.measured(1)[1]
     _, back = forgetting.noise_and_denoise(average, base.schedule, originals, 500, 5)
     first, last = (line["memory"] for line in lines(run / "metrics.jsonl") if "memory" in line)
     assert last == pytest.approx(forgetting.similarity(back, originals).mean().item(), abs=1e-6) != first  # it is the average that is looked at
@@ -150,7 +140,7 @@ def test_a_training_takes_the_steps_that_its_flags_say(script, tmp_path):
         unlearning.descend(optimizer, {})
         for mean, value in zip(average.parameters(), model.parameters(), strict=True):
             mean.lerp_(value, 1 - decay)
-    found = weights(tmp_path / "a/model.pt")
+    found = tensors_of(tmp_path / "a/model.pt")
     for kind, ours in (("weights", model), ("ema", average)):
         assert all(torch.allclose(found[kind, name], value, rtol=1e-5, atol=1e-7) for name, value in ours.state_dict().items())
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, few_steps
+from conftest import ROOT, few_steps, same
 
 import train_ddpm
 import unlearn
@@ -82,15 +82,6 @@ def finish(directory, *arguments, **death) -> int:
     process = start(directory, *arguments, **death)
     process.join()
     return process.exitcode
-
-
-def same(a, b) -> bool:
-    """Equal weights, averaged weights and optimizer states."""
-    a, b = (torch.load(path, weights_only=True) for path in (a, b))
-    flat = lambda state: torch.cat([value.flatten().float() for value in state.values()])  # noqa: E731
-    moments = [torch.cat([flat(state) for state in x["training"]["optimizer"]["state"].values()]) for x in (a, b)]
-    averages = [flat(x["ema"] or x["weights"]) for x in (a, b)]
-    return all(torch.equal(a["weights"][name], value) for name, value in b["weights"].items()) and torch.equal(*moments) and torch.equal(*averages)
 
 
 def in_order(path) -> bool:
