@@ -15,18 +15,20 @@ class Diverged(Exception):
 
 
 @contextmanager
-def reading(path: Path | str, what: str, reason: str | None = None) -> Iterator[None]:
+def reading(path: Path | str, what: str, own_words: bool = False) -> Iterator[None]:
     """What fails inside `with` becomes a UserError that names the file, and says why it cannot be read.
 
-    reason: in place of the error's own words.
+    own_words: in those of the error, where they help; those of torch's readers do not.
     """
     try:
         yield
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged file can fail anywhere in torch's readers, or in a decoder
-        said = str(error).split(" '")[0] or type(error).__name__  # some of Pillow's repeat the whole path
-        raise UserError(f"{path}: not a readable {what} ({reason or said})") from error
+        reason = "truncated, damaged, or of another program"
+        if own_words:
+            reason = str(error).split(" '")[0] or type(error).__name__  # some of Pillow's repeat the path
+        raise UserError(f"{path}: not a readable {what} ({reason})") from error
 
 
 def of_torchrun(name: str, alone: int) -> int:

@@ -13,7 +13,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from minisiss.errors import UserError
+from minisiss.errors import UserError, reading
 
 ASSETS = Path(__file__).parent.parent / "assets"
 MODELS = {"bundled": "mnist-small.pt", "bundled-prompts": "prompts.pt"}  # in assets/, by their --checkpoint
@@ -67,8 +67,9 @@ def from_torchvision(dataset: type[MNIST], root: str, train: bool = True) -> MNI
         found = dataset(root, train=train, download=True)
     except Exception as error:  # torchvision's reader has no exception of its own
         for file in files[:2] if train else files[2:]:
-            if file.exists() and (problem := what_is_wrong(file)):
-                raise UserError(f"{file}: not a readable IDX file ({problem})") from error
+            if file.exists():
+                with reading(file, "IDX file"):
+                    read_sn3_pascalvincent_tensor(str(file))
         for folder in missing:  # torchvision makes them before it downloads
             with suppress(OSError):
                 folder.rmdir()
@@ -78,14 +79,6 @@ def from_torchvision(dataset: type[MNIST], root: str, train: bool = True) -> MNI
     if len(found.data) != len(found.targets):
         raise UserError(f"{raw}: has {len(found.data)} images and {len(found.targets)} labels")
     return found
-
-
-def what_is_wrong(file: Path) -> str | None:
-    """Why an IDX file cannot be read; None if it can."""
-    try:
-        read_sn3_pascalvincent_tensor(str(file))
-    except Exception as error:  # KeyError of an unknown type, AssertionError of a length, …
-        return " ".join(str(error).split())[:80] or "damaged, or of another format"
 
 
 def bundled_digits() -> Tensor:

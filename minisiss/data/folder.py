@@ -203,7 +203,7 @@ def digest(picture: Tensor) -> str:
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """Open a picture, reading its header. What fails, also inside `with`, is a UserError naming the file."""
-    with reading(path, "picture"), Image.open(path) as picture:
+    with reading(path, "picture", own_words=True), Image.open(path) as picture:
         width, height = picture.size
         if min(width, height) < LEAST_SIDE:
             raise ValueError(f"only {width}×{height} pixels")

@@ -62,7 +62,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint, of anyone. Raises UserError, naming the file, for what is no whole one of ours."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    with reading(path, "checkpoint", files.DAMAGED):
+    with reading(path, "checkpoint"):
         state = files.read_tensors(path)
     if type(state) is not dict or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a minisiss checkpoint (its format is not '{FORMAT}')")

@@ -15,7 +15,6 @@ import torch
 from minisiss.errors import UserError
 
 MOST_TIMESTEPS = 100_000  # of a schedule in a file
-DAMAGED = "truncated, damaged, or of another program"  # what torch's readers say of it helps nobody
 UNFINISHED = ".unfinished-"  # how the names of temporary files begin
 # What the pickle of dense tensors refers to; torch trusts more than that, bytearray(10**10) for one.
 TRUSTED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minisiss import unet
 from minisiss.errors import UserError, rank, reading
-from minisiss.runs.files import DAMAGED, MOST_TIMESTEPS, check_tensors, read_tensors, unwrapped
+from minisiss.runs.files import MOST_TIMESTEPS, check_tensors, read_tensors, unwrapped
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
@@ -241,7 +241,7 @@ def weights_file(folder: Path) -> Path:
 
 def read_weights(path: Path, model: UNet) -> dict[str, Tensor]:
     """The weights in a file under our names: those of `model` in its shapes. Raises UserError otherwise."""
-    with reading(path, "file of weights", DAMAGED):
+    with reading(path, "file of weights"):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
