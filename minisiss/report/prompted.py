@@ -203,7 +203,7 @@ class Prompted(BeforeAfter):
             more = ", and one of each digit" if kind == "ordinary" else ""
             picture += [f"{kind}: '{prompts[0]}'{more}", ("before", before[kind]), ("after", after[kind])]
         found = {"prompt": self.original, "modified": self.modified, "tried": self.tried, "k": self.data.k}
-        loop.metrics.write(step=loop.state.step, seconds=loop.state.seconds, **found, copies=record)
+        loop.write(**found, copies=record)
         sheet(picture).save(loop.out / "before_after.png")
         print(f"\n{aligned([*rows, ['seconds of unlearning', '', f'{loop.state.seconds:.1f}']])}\n")
         print(f"Look at {loop.out}/before_after.png; the model that forgot is {loop.path}")

@@ -165,9 +165,7 @@ class BeforeAfter:
                      for samples, found in zip((before, after), copies, strict=True)]
         old, new = (one["frechet"] for one in qualities)
         enough = {} if None in (old, new) else {"frechet_before": old, "frechet": new}
-        loop.metrics.write(
-            step=loop.state.step, seconds=loop.state.seconds, samples=count, tshirt_rate_before=was / count,
-            tshirt_rate=now / count, **enough)
+        loop.write(samples=count, tshirt_rate_before=was / count, tshirt_rate=now / count, **enough)
         forgotten = [f"T-shirts among {count:,} samples", f"{was / count:.2%}", f"{now / count:.2%}"]
         words = [f"{now or 'no'} T-shirt{'s' if now > 1 else ''} among {count:,} samples ({was} before)"]
         if not enough:

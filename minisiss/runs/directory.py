@@ -94,22 +94,12 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: every line should be a JSON object with a step ({error})") from error
 
 
-class Metrics:
-    """metrics.jsonl, one JSON object a line, without the lines past the step that a run resumes from, and
-    without that of the end (the T-shirt rate, the copies): a run that is extended ends again.
-
-    With `writes` false, as on all ranks but one, the file stays as it is.
-    """
-
-    def __init__(self, directory: Path, start: int = 0, *, writes: bool = True) -> None:
-        self.path, self.writes = directory / "metrics.jsonl", writes
-        if writes and self.path.exists():
-            found = read_metrics(directory) if start else []
-            kept = [x for x in found if x["step"] <= start and not x.keys() & {"tshirt_rate", "copies"}]
-            lines = "".join(json.dumps(record) + "\n" for record in kept)
-            write_atomically(self.path, lambda file: file.write(lines.encode()))
-
-    def write(self, **record: Any) -> None:
-        if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+def cut_metrics(directory: Path, start: int) -> None:
+    """Leave out the lines of metrics.jsonl past the step that a run resumes from, and that of the end (the
+    T-shirt rate, the copies): a run that is extended ends again."""
+    path = directory / "metrics.jsonl"
+    if path.exists():
+        found = read_metrics(directory) if start else []
+        kept = [x for x in found if x["step"] <= start and not x.keys() & {"tshirt_rate", "copies"}]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(path, lambda file: file.write(lines.encode()))

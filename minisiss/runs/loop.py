@@ -1,5 +1,6 @@
 """The steps of a run, as both loops share them: resuming, bar and log, saving, stopping on a signal."""
 
+import json
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ from minisiss.errors import Diverged
 from minisiss.machine.command_line import command
 from minisiss.machine.ranks import World
 from minisiss.runs import checkpoint
-from minisiss.runs.directory import Metrics, compare_inputs, lock, new_directory, write_config
+from minisiss.runs.directory import compare_inputs, cut_metrics, lock, new_directory, write_config
 from minisiss.runs.files import UNFINISHED
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet
@@ -68,7 +69,7 @@ class Loop:
             state.step, state.seconds = self.training["step"], self.training["seconds"]
         world.on_rank_0(lambda: (compare_inputs(self.out, inputs), write_config(self.out, args)))
         self.start = self.saved = state.step
-        self.metrics = Metrics(self.out, self.start, writes=world.rank == 0)
+        world.on_rank_0(lambda: cut_metrics(self.out, self.start))
 
     def open(self) -> None:
         """Keep other processes out of the directory until the steps are done."""
@@ -120,10 +121,17 @@ class Loop:
         """Write figures to metrics.jsonl, and those that are `shown` on the bar. Returns them as numbers."""
         numbers = {name: one.tolist() if isinstance(one, Tensor) else one for name, one in figures.items()}
         if self.state.step > self.start or not self.start:  # what a run resumes from is in its log already
-            self.metrics.write(step=self.state.step, seconds=self.state.seconds, **numbers)
+            self.write(**numbers)
         self.words |= {name: f"{numbers[name]:.3g}" for name in shown if name in numbers}
         self.bar.set_postfix(self.words)
         return numbers
+
+    def write(self, **figures: Any) -> None:
+        """Add a line to metrics.jsonl, which rank 0 does."""
+        if self.world.rank == 0:
+            line = {"step": self.state.step, "seconds": self.state.seconds, **figures}
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
         """Write model.pt, for use and for --resume."""

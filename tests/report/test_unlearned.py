@@ -29,8 +29,7 @@ def report():
 def loop():
     logged = []
     return SimpleNamespace(
-        state=SimpleNamespace(step=60, seconds=6.0), logged=logged,
-        metrics=SimpleNamespace(write=lambda **figures: logged.append(figures)))
+        state=SimpleNamespace(step=60, seconds=6.0), logged=logged, write=lambda **figures: logged.append(figures))
 
 
 def some_digits(first: int) -> torch.Tensor:

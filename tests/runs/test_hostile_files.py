@@ -667,7 +667,7 @@ def test_metrics_that_are_none_stop_a_run_before_it_goes_on(name, run, script):
 def test_a_last_line_of_metrics_that_was_cut_off_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert directory.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    directory.Metrics(tmp_path, 1)
+    directory.cut_metrics(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
