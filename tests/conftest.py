@@ -20,7 +20,7 @@ from minisiss import presets, sampling  # noqa: E402
 from minisiss.data.prompts import WORDS, tokens  # noqa: E402
 from minisiss.machine import command_line  # noqa: E402
 from minisiss.metrics import forgetting, likelihood, samples  # noqa: E402
-from minisiss.report import prompted, unlearned  # noqa: E402
+from minisiss.report import unlearned  # noqa: E402
 from minisiss.runs import checkpoint  # noqa: E402
 from minisiss.schedule import NoiseSchedule  # noqa: E402
 from minisiss.unet import UNet, UNetConfig  # noqa: E402
@@ -103,9 +103,6 @@ def few_steps(setattr) -> None:
     setattr(forgetting, "OF_EACH", 2)
     setattr(unlearned, "LOOK_IMAGES", 8)
     setattr(unlearned, "LOOK_DRAWS", 2)
-    setattr(prompted, "LOOK_IMAGES", 8)
-    setattr(prompted, "HELD", 16)
-    setattr(prompted, "NOISED", 2)
     setattr(likelihood, "log_density", partial(likelihood.log_density, tolerance=10.0))
 
 
