@@ -197,9 +197,11 @@ class Prompted(BeforeAfter):
         for kind, prompts in self.prompts.items():
             copies = [round(SHOWN * self.share(samples[kind])) for samples in (before, after)]
             named = [self.named(samples[kind], *prompts) for samples in (before, after)]
+            apart = [median_distance(samples[kind]) for samples in (before, after)]
             rows.append([f"copies of the picture among {SHOWN} of {kind} prompts", *map(str, copies)])
             rows.append(["samples that show the digit named", *(f"{share:.0%}" for share in named)])
-            record[kind] = {"copies": copies, "named": named}
+            rows.append(["L2 distance of two of them (median)", *(f"{distance:.1f}" for distance in apart)])
+            record[kind] = {"copies": copies, "named": named, "apart": apart}
             more = ", and one of each digit" if kind == "ordinary" else ""
             picture += [f"{kind}: '{prompts[0]}'{more}", ("before", before[kind]), ("after", after[kind])]
         found = {"prompt": self.original, "modified": self.modified, "tried": self.tried, "k": self.data.k}
@@ -213,3 +215,8 @@ class Prompted(BeforeAfter):
         shown = classify(self.classifier, samples)[1].argmax(dim=1).tolist()
         pairs = zip(shown, cycle(prompts), strict=False)
         return sum(DIGITS[digit] in prompt.split() for digit, prompt in pairs) / max(1, len(shown))
+
+
+def median_distance(samples: Tensor) -> float:
+    """The median L2 distance of two samples, pixels in [0, 1]: small where a prompt has one picture only."""
+    return torch.pdist(samples.flatten(1) / 2).median().item()

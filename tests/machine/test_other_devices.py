@@ -117,7 +117,8 @@ def weights_after_two_steps(name: str, settings: unlearning.Settings, place: str
 @pytest.mark.parametrize("name, settings", [
     *((name, {}) for name in unlearning.METHODS), ("siss", {"superfactor": 5.0}), ("siss_no_is", {"superfactor": 5.0}), ("siss", {"ceiling": 1.0}),
 ])  # fmt: skip
-def test_every_method_steps_there_as_here(other, name, settings):
+def test_every_method_steps_there_as_here(other, name, settings, monkeypatch):
+    monkeypatch.setattr(forgetting, "OF_EACH", 1)
     expected = weights_after_two_steps(name, unlearning.Settings(**settings), "cpu")
     with other():
         close(weights_after_two_steps(name, unlearning.Settings(**settings), "meta"), expected)

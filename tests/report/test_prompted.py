@@ -99,6 +99,7 @@ def test_a_whole_run_forgets_at_the_fixed_prompt_and_leaves_a_model_with_prompts
     assert last["copies"].keys() == {"modified", "original", "ordinary"}
     for kind in last["copies"].values():
         assert all(0 <= count <= 16 for count in kind["copies"]) and all(0 <= share <= 1 for share in kind["named"])
+        assert 0 < kind["apart"][1] != kind["apart"][0]
     found = checkpoint.load(tmp_path / "run/model.pt")
     assert [*found.memorised] == [ORIGINAL]
     # Of the vocabulary only the words of the fixed prompt are moved by the losses; weight decay shrinks all alike.
@@ -115,6 +116,12 @@ def test_a_whole_run_forgets_at_the_fixed_prompt_and_leaves_a_model_with_prompts
 @pytest.mark.parametrize("method", ["siss_no_is", "unseen", "retrack", "erasediff", "neggrad", "naive_deletion"])
 def test_every_method_runs_at_a_prompt(method, script, base):
     assert script("unlearn", *QUICK, "--checkpoint", base, "--prompt", ORIGINAL, "--method", method)[0] == 0
+
+
+def test_how_far_samples_are_apart_is_the_median_over_their_pairs():
+    black, half, white = (torch.full((1, 1, 2, 2), value) for value in (-1.0, 0.0, 1.0))
+    assert prompted.median_distance(torch.cat([black, white, black])) == 2  # four pixels, from 0 to 1
+    assert prompted.median_distance(torch.cat([black, half, black, black])) == 0
 
 
 def test_the_same_seed_gives_the_same_run_and_a_resumed_one_goes_on_exactly(script, base, tmp_path):
