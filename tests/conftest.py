@@ -44,9 +44,9 @@ def tensors_of(path: Path) -> dict[tuple, torch.Tensor]:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether all that is in the checkpoint b is in a, bit for bit."""
+    """Whether two checkpoints hold the same tensors, bit for bit."""
     ours, theirs = tensors_of(a), tensors_of(b)
-    return all(torch.equal(ours[name], value) for name, value in theirs.items())
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 @pytest.fixture(scope="session")

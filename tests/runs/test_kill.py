@@ -23,8 +23,7 @@ from minisiss.runs import checkpoint
 
 TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled", "--batch-size", 2, "--sample-every", 1000, "--save-every", 1)
 UNLEARN = ("--preset", "mnist-tiny", "--samples", 0, "--memory-timesteps", 500, "--save-every", 2)
-# What a run has besides its batches: nothing, what it looked up at its start, the model before. The others are as siss.
-METHODS = ["siss", "retrack", "unseen"]
+METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retrack", "unseen"]
 
 # A server that has imported everything once, and forks: a process costs a fraction of a second.
 processes = multiprocessing.get_context("forkserver")
@@ -90,11 +89,11 @@ def in_order(path) -> bool:
     return steps == sorted(set(steps)) and len(steps) > 0
 
 
-def test_a_training_that_is_killed_ten_times_equals_one_that_is_not(tmp_path):
-    arguments = ("train_ddpm", *TRAIN, "--steps", 50)
+def test_a_training_that_is_killed_twenty_times_equals_one_that_is_not(tmp_path):
+    arguments = ("train_ddpm", *TRAIN, "--steps", 100)
     assert finish(tmp_path, *arguments, "--out", "whole") == 0
     moments, step, killed, path = random.Random(0), -1, 0, tmp_path / "killed/model.pt"
-    for life in range(10):
+    for life in range(20):
         begins_with = path.stat() if path.exists() else None
         process = start(tmp_path, *(("train_ddpm", "--resume", "killed") if begins_with else (*arguments, "--out", "killed")))
         if life % 4 == 0:  # lives that make a step or more, then some that may not live to see one
@@ -108,7 +107,7 @@ def test_a_training_that_is_killed_ten_times_equals_one_that_is_not(tmp_path):
             found = checkpoint.load(path).training["step"]
             assert found >= step
             step = found
-    assert killed > 3 and step > 0
+    assert killed > 5 and step > 0
     assert finish(tmp_path, "train_ddpm", "--resume", "killed") == 0
     assert same(path, tmp_path / "whole/model.pt")
     assert in_order(tmp_path / "killed/metrics.jsonl")
