@@ -67,9 +67,11 @@ class Loop:
         if args.resume and self.path.exists():  # a run that was killed early has none
             self.training = checkpoint.load_training(self.path, state.model, args.steps)
             state.step, state.seconds = self.training["step"], self.training["seconds"]
-        world.on_rank_0(lambda: (compare_inputs(self.out, inputs), write_config(self.out, args)))
         self.start = self.saved = state.step
-        world.on_rank_0(lambda: cut_metrics(self.out, self.start))
+        world.on_rank_0(lambda: (
+            compare_inputs(self.out, inputs),
+            write_config(self.out, args),
+            cut_metrics(self.out, self.start)))
 
     def open(self) -> None:
         """Keep other processes out of the directory until the steps are done."""
