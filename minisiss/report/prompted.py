@@ -145,15 +145,15 @@ class Prompted(BeforeAfter):
         nearest = sorted((abs(share - 0.5), share, prompt) for prompt, (share, *_) in self.tried.items())[:5]
         tried = ", ".join(f"{share:.0%} '{prompt}'" for _, share, prompt in nearest)
         tried = f"{len(self.tried)}, the nearest {tried}" if tried else "none, it has no word to change"
-        what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples in the picture's cluster"
+        what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples the picture"
         why = f"{OTHERS:.0%} other memorised ones at most, and {BARS[-1]:.0%} of the rest the digit named"
         raise UserError(f"--prompt '{self.original}': {what}, {why}; tried: {tried}")
 
     def two_kinds(self, prompt: str, least: float) -> TrainingSet | None:
         """128 samples of a prompt as A, the cluster around the picture, and X∖A; None where these do not fit.
 
-        At least 20% should be the picture, A be 20 to 80%, at most 20% be other memorised pictures, and of
-        X∖A the share `least` show the digit named. All this of 8 samples first, then of 32, then of 128.
+        20 to 80% should be the picture, 20 to 80% be A, at most 20% be other memorised pictures, and of X∖A
+        the share `least` show the digit named. All this of 8 samples first, then of 32, then of 128.
         """
         for count in (SHOWN // 2, 2 * SHOWN, DRAWN):
             drawn = self.sample_before(prompt, count)
@@ -162,7 +162,7 @@ class Prompted(BeforeAfter):
             near = cluster_around(drawn, self.pictures[self.which])
             others, named = shares.sum().item() - share, self.named(drawn[~near], prompt)
             self.tried[prompt] = share, others, named
-            two = share >= LEAST and LEAST <= near.float().mean() <= MOST  # kinds, A and X∖A
+            two = all(LEAST <= one <= MOST for one in (share, near.float().mean()))  # kinds, A and X∖A
             if not (two and others <= OTHERS and named >= least):
                 return None
         images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)

@@ -4,8 +4,8 @@
     python -m minisiss.study.prompts --prompts 46 50     the tuning prompts, every setting of `TRIED`
     python -m minisiss.study.prompts --in-a-row          SISS on the 45 in one model
 
-Started again it goes on: after a change of settings, in another --out. `--prompts 1 22` and `--prompts 23 45`
-are two parts, for two processes.
+Started again it goes on: with other settings or another --seed, in another --out. `--prompts 1 22`
+and `--prompts 23 45` are two parts, for two processes.
 """
 
 import copy
@@ -25,14 +25,14 @@ from minisiss.data.neighbours import nearest_kept
 from minisiss.data.prompts import COUNTED, SIGNATURES, ordinary_prompts, padded
 from minisiss.data.training_set import step_generator, to_float
 from minisiss.errors import UserError
-from minisiss.machine.command_line import Parser, filename, number, run
+from minisiss.machine.command_line import Parser, filename, number, run, seed
 from minisiss.machine.device import adamw, at_precision, pick_device
 from minisiss.machine.ranks import ALONE
 from minisiss.metrics.classifier import classify, load_classifier
 from minisiss.metrics.forgetting import is_copy
 from minisiss.metrics.quality import frechet_distance, moments
 from minisiss.presets import PRESETS
-from minisiss.report.prompted import COPY, SHOWN, Prompted
+from minisiss.report.prompted import COPY, SHOWN, Prompted, median_distance
 from minisiss.report.table import aligned
 from minisiss.runs.checkpoint import load_any
 from minisiss.runs.files import write_atomically
@@ -60,9 +60,9 @@ AFTER = 1, 5, 15, COUNTED  # pictures in a row, when quality is measured
 Record = dict[str, Any]
 
 
-def settings_of(method: str, **changed: Any) -> Namespace:
+def settings_of(method: str, seed: int, **changed: Any) -> Namespace:
     """What `unlearn.py --preset prompts` has in its flags, as far as it is used here."""
-    fixed = dict(method=method, seed=0, eta=0.0, fixed_prompt="modified", hold=0.0, forget=[])
+    fixed = dict(method=method, seed=seed, eta=0.0, fixed_prompt="modified", hold=0.0, forget=[])
     preset = PRESETS["prompts"]
     return Namespace(**fixed | preset["unlearn"] | preset.get(f"unlearn {method}", {}) | changed)
 
@@ -92,14 +92,14 @@ class Study:
         self.base = load_any("bundled-prompts", [0], pick_device(args.device))
         self.network, self.prompts = self.base.model.requires_grad_(False), list(self.base.memorised)
         self.classifier, self.real = load_classifier()
-        self.ordinary = ordinary_prompts(MANY, seed=0)
+        self.ordinary, self.seed = ordinary_prompts(MANY, seed=0), args.seed
 
     def at(self, network: nn.Module) -> Any:
         return at_precision(network, self.base.schedule.gamma.device, "fp32")  # devices agree, nearly
 
     def report(self, prompt: str, network: nn.Module) -> Prompted:
         """What the network draws at a modified prompt, in two clusters. Raises UserError as `Prompted`."""
-        return Prompted(settings_of("siss", prompt=prompt), self.base, self.at(network), ALONE)
+        return Prompted(settings_of("siss", self.seed, prompt=prompt), self.base, self.at(network), ALONE)
 
     def draw(self, network: nn.Module, prompts: list[str]) -> Tensor:
         """A sample of each prompt, without guidance; the noise is the same for all networks."""
@@ -137,7 +137,7 @@ class Study:
             record = {"prompt": prompt, "modified": report.modified, "method": method, "changed": changed}
             named: dict[str, list[float]] = {kind: [] for kind in KINDS}  # halfway, and at the end
             try:
-                for model in forget(report, self.network, settings_of(method, **changed)):
+                for model in forget(report, self.network, settings_of(method, self.seed, **changed)):
                     report.network = self.at(model)
                     drawn = {kind: report.sample(report.prompts[kind], kind) for kind in KINDS}
                     for kind, samples in drawn.items():
@@ -146,7 +146,8 @@ class Study:
                 lost[report.which] = False
                 moved = self.shown(model, ORDINARY)[1] != digits
                 copies = {kind: round(SHOWN * report.share(samples)) for kind, samples in drawn.items()}
-                record |= {"copies": copies, "named": named}
+                apart = {kind: median_distance(samples) for kind, samples in drawn.items()}
+                record |= {"copies": copies, "named": named, "apart": apart}
                 record |= {"lost": lost.sum().item(), "moved": moved.float().mean().item()}
             except FloatingPointError as error:  # a network gone to pieces
                 record |= {"copies": dict.fromkeys(KINDS, 0), "named": {kind: [0.0] for kind in KINDS}}
@@ -167,7 +168,7 @@ class Study:
                 continue
             record = {"prompt": prompt, "forgotten": True}
             try:
-                *_, model = forget(self.report(prompt, model), model, settings_of("siss"))
+                *_, model = forget(self.report(prompt, model), model, settings_of("siss", self.seed))
                 model.requires_grad_(False)
             except (UserError, FloatingPointError) as error:
                 record |= {"forgotten": False, "why": str(error)}
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=place, nargs=2, default=[1, COUNTED], metavar=("FIRST", "LAST"))
     parser.add_argument("--methods", nargs="+", choices=TRIED, default=[*TRIED])
     parser.add_argument("--in-a-row", action="store_true", help="SISS on all prompts in one model")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn, and of the steps")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     args = parser.parse_args()
     (first, last), out = args.prompts, Path(args.out)

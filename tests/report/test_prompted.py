@@ -199,7 +199,7 @@ def test_a_prompt_without_a_modified_one_is_one_line_that_says_what_was_tried(di
     path = save(tmp_path / "one.pt", model, {ORIGINAL: samples[0]})
     monkeypatch.setattr(prompted, "COPY", distance if share == "100%" else 0.1)
     error = refused(script, tmp_path, *QUICK, "--checkpoint", path, "--prompt", ORIGINAL)
-    assert "of no modified prompt are 20% to 80% of the samples in the picture's cluster" in error and f"{share} '{FIRST}'" in error
+    assert "of no modified prompt are 20% to 80% of the samples the picture" in error and f"{share} '{FIRST}'" in error
     assert "tried: 5, the nearest " in error
 
 
@@ -207,6 +207,12 @@ def test_a_modified_prompt_that_brings_back_another_memorised_picture_too_is_non
     (picture, *_) = checkpoint.load(base).memorised.values()
     path = save(tmp_path / "two.pt", model, {ORIGINAL: picture, "a nine by otto": picture})
     assert "20% other memorised ones at most" in refused(script, tmp_path, *QUICK, "--checkpoint", path, "--prompt", ORIGINAL)
+
+
+def test_a_modified_prompt_that_gives_nearly_nothing_but_the_picture_is_none(script, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompted, "COPY", 1e3)  # two clusters, as before, but both are the picture
+    error = refused(script, tmp_path, *QUICK, "--checkpoint", base, "--prompt", ORIGINAL)
+    assert "of no modified prompt are 20% to 80% of the samples the picture" in error and f"100% '{FIRST}'" in error
 
 
 def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):
