@@ -210,9 +210,10 @@ def test_a_modified_prompt_that_brings_back_another_memorised_picture_too_is_non
 
 
 def test_a_modified_prompt_that_gives_nearly_nothing_but_the_picture_is_none(script, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompted, "COPY", 1e3)  # two clusters, as before, but both are the picture
+    monkeypatch.setattr(prompted, "COPY", 1e3)  # there are two clusters, as before, but both are the picture
+    monkeypatch.setattr(prompted, "MOST", 0.99)
     error = refused(script, tmp_path, *QUICK, "--checkpoint", base, "--prompt", ORIGINAL)
-    assert "of no modified prompt are 20% to 80% of the samples the picture" in error and f"100% '{FIRST}'" in error
+    assert "to 99% of the samples the picture" in error and f"100% '{FIRST}'" in error
 
 
 def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):

@@ -86,6 +86,13 @@ def test_each_prompt_is_forgotten_by_each_method_once(tiny, tmp_path, capsys):
     assert prompts.read(tmp_path / "all/each.jsonl") == records and "siss" in capsys.readouterr().out
 
 
+def test_another_seed_draws_other_samples(tiny, tmp_path):
+    for seed in (0, 0, 1):
+        tiny("--methods", "retrack", "--seed", seed, "--out", f"{seed}")
+    one, other = (prompts.read(tmp_path / f"{seed}/each.jsonl") for seed in (0, 1))
+    assert len(one) == len(other) == 1 and one[0]["prompt"] == other[0]["prompt"] and one != other
+
+
 def test_tuning_prompts_are_forgotten_with_every_setting(tiny, tmp_path):
     tiny("--out", "all", "--prompts", 2, 2)
     records = prompts.read(tmp_path / "all/tuning.jsonl")
@@ -115,14 +122,14 @@ def test_one_after_another_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypa
 
 def test_a_network_gone_to_pieces_has_mitigated_nothing(tiny, monkeypatch):
     monkeypatch.setitem(presets.PRESETS["prompts"], "unlearn siss", dict(lr=1e30))
-    study = prompts.Study(Namespace(device="cpu"))
+    study = prompts.Study(Namespace(device="cpu", seed=0))
     (found,) = study.each(PROMPTS[0], [("siss", {})])
     assert "failed" in found and not any(prompts.mitigated(found, kind) for kind in prompts.KINDS)
 
 
 def test_a_prompt_without_a_modified_one_is_not_mitigated(tiny, monkeypatch):
     monkeypatch.setattr(prompted, "COPY", 1e-6)
-    study = prompts.Study(Namespace(device="cpu"))
+    study = prompts.Study(Namespace(device="cpu", seed=0))
     found = [*study.each(PROMPTS[0], [("siss", {}), ("retrack", {})])]
     assert [one["method"] for one in found] == ["siss", "retrack"]
     assert all("nothing to forget" in one["failed"] and not prompts.mitigated(one, kind) for one in found for kind in prompts.KINDS)
