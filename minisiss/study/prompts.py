@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -209,16 +209,18 @@ def name_of(record: Record) -> str:
 def table(records: list[Record]) -> str:
     """A row of each method and setting."""
     rows = [["", "prompts", *(f"mitigated: {kind}" for kind in KINDS), "the paper", "digit named",
-             "other pictures lost", "ordinary prompts moved"]]
+             "original: apart", "other pictures lost", "ordinary prompts moved"]]
     for name in dict.fromkeys(name_of(one) for one in records):
         of = [one for one in records if name_of(one) == name]
         shares = [f"{mean(mitigated(one, kind) for one in of):.0%}" for kind in KINDS]
         done = [one for one in of if "modified" in one] or of  # those that have a modified prompt
         named = mean(min(one["named"][kind]) for one in done for kind in KINDS)
+        apart = [one["apart"]["original"] for one in done if "apart" in one]
         moved = mean(one["moved"] for one in done)
         lost = f"{mean(one['lost'] for one in done):.1f} of {len(SIGNATURES) - 1}"
         paper = PAPER.get(of[0]["method"], "")
-        rows.append([name, str(len(of)), *shares, paper, f"{named:.0%}", lost, f"{moved:.0%}"])
+        apart = f"{median(apart):.1f}" if apart else ""  # no network is left, or no modified prompt
+        rows.append([name, str(len(of)), *shares, paper, f"{named:.0%}", apart, lost, f"{moved:.0%}"])
     return aligned(rows)
 
 

@@ -20,7 +20,7 @@ SCHEDULE, PROMPTS = NoiseSchedule.linear(), ["a thin upright four by ines", "a t
 
 def record(copies=(0, 0), named=(1.0, 1.0), method="siss", **changed):
     kinds = [dict(zip(prompts.KINDS, values, strict=True)) for values in (copies, ([1.0, share] for share in named))]
-    return {"prompt": "", "method": method, "changed": changed, "copies": kinds[0], "named": kinds[1], "lost": 2, "moved": 0.25}
+    return {"prompt": "", "method": method, "changed": changed, "copies": kinds[0], "named": kinds[1], "apart": {"modified": 6.0, "original": 1.5}, "lost": 2, "moved": 0.25}
 
 
 def test_mitigated_is_no_copy_and_digits_above_the_threshold():
@@ -35,15 +35,16 @@ def cells(*records):
 
 def test_the_table_has_a_row_of_each_method_and_setting():
     found = cells(record(), record(copies=(3, 16)), record(method="neggrad", lr=1e-5))
-    assert found[0] == ["siss", "2", "50%", "50%", "87 / 71", "100%", "2.0 of 49", "25%"]
+    assert found[0] == ["siss", "2", "50%", "50%", "87 / 71", "100%", "1.5", "2.0 of 49", "25%"]
     assert found[1][:4] == ["neggrad, lr 1e-05", "1", "100%", "100%"] and len(found) == 2
 
 
 def test_a_prompt_without_a_modified_one_is_not_mitigated_and_says_nothing_about_the_others():
     done = record() | {"modified": "a four"}
     failed = record(copies=(16, 16)) | {"failed": "", "lost": 0, "moved": 0.0}
-    assert cells(done, failed)[0] == ["siss", "2", "50%", "50%", "87 / 71", "100%", "2.0 of 49", "25%"]
-    assert cells(failed)[0][2:4] == ["0%", "0%"]
+    assert cells(done, failed)[0] == ["siss", "2", "50%", "50%", "87 / 71", "100%", "1.5", "2.0 of 49", "25%"]
+    del failed["apart"]
+    assert cells(failed)[0][2:4] == ["0%", "0%"] and cells(failed)[0][6] == ""
 
 
 def test_ordinary_prompts_name_the_digits_in_turn_and_nobody_who_signs_one_picture():
