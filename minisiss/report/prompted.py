@@ -142,17 +142,12 @@ class Prompted(BeforeAfter):
         for least, prompt in product(BARS, modifications(self.original)):
             if (data := self.two_kinds(prompt, least)) is not None:
                 return prompt, data
+        nearest = sorted((abs(share - 0.5), share, prompt) for prompt, (share, *_) in self.tried.items())[:5]
+        tried = ", ".join(f"{share:.0%} '{prompt}'" for _, share, prompt in nearest)
+        tried = f"{len(self.tried)}, the nearest {tried}" if tried else "none, it has no word to change"
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples the picture"
         why = f"{OTHERS:.0%} other memorised ones at most, and {BARS[-1]:.0%} of the rest the digit named"
-        raise UserError(f"--prompt '{self.original}': {what}, {why}; {self.nearest()}")
-
-    def nearest(self) -> str:
-        """How many modified prompts were tried, and those that give the picture nearest to half the time."""
-        if not self.tried:
-            return "tried: none, it has no word to change"
-        found = sorted((abs(share - 0.5), share, prompt) for prompt, (share, *_) in self.tried.items())[:5]
-        shares = ", ".join(f"{share:.0%} '{prompt}'" for _, share, prompt in found)
-        return f"tried: {len(self.tried)}, the nearest {shares}"
+        raise UserError(f"--prompt '{self.original}': {what}, {why}; tried: {tried}")
 
     def two_kinds(self, prompt: str, least: float) -> TrainingSet | None:
         """128 samples of a prompt as A, the cluster around the picture, and X∖A; None where these do not fit.
@@ -178,10 +173,10 @@ class Prompted(BeforeAfter):
         data, right = self.data, self.share(to_float(self.data.forget.cpu()))
         if self.world.rank == 0:
             tqdm.write(f"to forget: '{self.original}'")
-            tqdm.write(self.nearest())
             share, others, named = self.tried[self.modified]
             rest = f"{others:.0%} other memorised ones, of the other cluster {named:.0%} show the digit"
-            tqdm.write(f"modified: '{self.modified}', {share:.0%} are the picture, {rest}")
+            tqdm.write(f"modified, of {len(self.tried)} tried: '{self.modified}'")
+            tqdm.write(f"of its samples {share:.0%} are the picture, {rest}")
             tqdm.write(f"A has {data.k} of {data.n} samples of that; {right:.0%} of A are the picture")
         self.before = {  # samples of each kind, [16, C, H, W]
             "modified": self.sample_before(self.modified, SHOWN),
