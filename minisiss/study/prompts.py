@@ -215,11 +215,11 @@ def table(records: list[Record]) -> str:
         shares = [f"{mean(mitigated(one, kind) for one in of):.0%}" for kind in KINDS]
         done = [one for one in of if "modified" in one] or of  # those that have a modified prompt
         named = mean(min(one["named"][kind]) for one in done for kind in KINDS)
-        apart = [one["apart"]["original"] for one in done if "apart" in one]
         moved = mean(one["moved"] for one in done)
         lost = f"{mean(one['lost'] for one in done):.1f} of {len(SIGNATURES) - 1}"
         paper = PAPER.get(of[0]["method"], "")
-        apart = f"{median(apart):.1f}" if apart else ""  # no network is left, or no modified prompt
+        distances = [one["apart"]["original"] for one in done if "apart" in one]
+        apart = f"{median(distances):.1f}" if distances else ""  # no network is left, or no modified prompt
         rows.append([name, str(len(of)), *shares, paper, f"{named:.0%}", apart, lost, f"{moved:.0%}"])
     return aligned(rows)
 
