@@ -216,6 +216,23 @@ def test_a_modified_prompt_that_gives_nearly_nothing_but_the_picture_is_none(scr
     assert "to 99% of the samples the picture" in error and f"100% '{FIRST}'" in error
 
 
+@pytest.mark.parametrize("copies, wrong, fits", [
+    ((1, 7, 40), 0, True), ((0, 8, 40), 0, False), ((7, 20, 80), 0, True), ((8, 20, 80), 0, False),  # of 8
+    ((2, 6, 26), 0, True), ((2, 5, 26), 0, False), ((6, 26, 102), 0, True), ((6, 27, 102), 0, False),  # of 32
+    ((2, 6, 25), 0, False), ((6, 26, 103), 0, False),  # of 128: there no sample may be on the wrong side
+    ((3, 12, 48), 1, True), ((3, 12, 48), 2, False)])  # digits that are not the one named, among the first 8
+def test_one_sample_may_be_on_the_wrong_side_of_a_bound_until_all_are_drawn(copies, wrong, fits, monkeypatch):
+    eight, more, rest = copies[0], copies[1] - copies[0], copies[2] - copies[1]
+    kinds = [-1.0] * eight + [0.9] * wrong + [1.0] * (8 - eight - wrong)
+    kinds += [-1.0] * more + [1.0] * (24 - more) + [-1.0] * rest + [1.0] * (96 - rest)
+    samples = torch.tensor(kinds)[:, None, None, None].expand(-1, 1, 28, 28)  # the picture, a wrong digit, the digit
+    one = prompted.Prompted.__new__(prompted.Prompted)
+    one.pictures, one.which, one.tried, one.schedule, one.world = -torch.ones(1, 1, 28, 28), 0, {}, SCHEDULE, ALONE
+    monkeypatch.setattr(one, "sample_before", lambda prompt, count: samples[:count])
+    monkeypatch.setattr(one, "named", lambda samples, prompt: (samples[:, 0, 0, 0] == 1).float().mean().item())
+    assert (one.two_kinds("a nine", 0.9) is not None) == fits
+
+
 def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):
     monkeypatch.setattr(prompted, "cluster_around", lambda images, picture: torch.zeros(len(images), dtype=torch.bool))
     error = refused(script, tmp_path, *QUICK, "--checkpoint", base, "--prompt", ORIGINAL)
