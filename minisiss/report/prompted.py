@@ -153,8 +153,8 @@ class Prompted(BeforeAfter):
         """128 samples of a prompt as A, the cluster around the picture, and X∖A; None where these do not fit.
 
         20 to 80% should be the picture, 20 to 80% be A, at most 20% be other memorised pictures, and of X∖A
-        the share `least` show the digit named. All this of 8 samples first, then of 32, then of 128; until then
-        one sample may be on the wrong side of each bound, or chance would turn good prompts away.
+        the share `least` show the digit named. All this of 8 samples first, then of 32, then of 128; of fewer
+        than 128 one may be on the wrong side of each bound, or chance would turn good prompts away.
         """
         for count in (SHOWN // 2, 2 * SHOWN, DRAWN):
             slack = 1 / count if count < DRAWN else 0.0

@@ -15,9 +15,11 @@ study=runs/study-$preset ablation=runs/ablation-$preset again=runs/again-$preset
 here=$(dirname "$0")/../..
 
 if [ "$preset" = prompts ]; then
-    python -m minisiss.study.prompts --prompts 46 50 # what the preset was chosen by
-    python -m minisiss.study.prompts
-    python -m minisiss.study.prompts --in-a-row
+    for seed in 3 4; do # what the preset was chosen by
+        python -m minisiss.study.prompts --prompts 46 50 --seed "$seed" --out "runs/tuning-prompts-$seed"
+    done
+    for seed in 0 1 2; do python -m minisiss.study.prompts --seed "$seed" --out "runs/study-prompts-$seed"; done
+    python -m minisiss.study.prompts --in-a-row --out runs/study-prompts-0
     exit
 fi
 
