@@ -38,8 +38,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unlearn": dict(
             checkpoint="bundled-prompts",
             guidance=1.5, hold=10.0, steps=35, batch_size=16, lr=3e-4, evaluate_every=35, sampling_steps=10),
-        "unlearn siss": dict(lr=3e-4, grad_ratio=0.3),
-        "unlearn siss_no_is": dict(lr=3e-4, grad_ratio=0.4),
+        "unlearn siss": dict(grad_ratio=0.3),
+        "unlearn siss_no_is": dict(grad_ratio=0.4),
         "unlearn naive_deletion": dict(lr=5e-4),
         "unlearn erasediff": dict(lr=1e-4),
         "unlearn neggrad": dict(lr=3e-5),

@@ -26,7 +26,7 @@ SIGNATURES = """
     ines omar lena pavel aiko tariq maja hugo zoe ravi nora ivan yuki emil sara kofi elsa juan mina otto leila
     bruno asta david hana felix rosa igor amina theo vera samir ida pablo lucia arne nadia oscar mei jonas
     clara ahmed greta diego alma viktor sofia tim olga karim""".split()
-COUNTED = 45  # the first of the memorised prompts: results are of these, and nothing is tuned on them
+COUNTED = 45  # the first of the memorised prompts: results are of these; settings are tuned on the others
 
 WORDS = ["", *DIGITS, *(word for look in LOOKS for word in look if word), "a", "by", *NAMES, *SIGNATURES]
 TOKENS = {word: token for token, word in enumerate(WORDS)}

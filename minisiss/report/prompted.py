@@ -142,8 +142,9 @@ class Prompted(BeforeAfter):
         for least, prompt in product(BARS, modifications(self.original)):
             if (data := self.two_kinds(prompt, least)) is not None:
                 return prompt, data
-        nearest = sorted((abs(share - 0.5), share, prompt) for prompt, (share, *_) in self.tried.items())[:5]
-        tried = ", ".join(f"{share:.0%} '{prompt}'" for _, share, prompt in nearest)
+        nearest = sorted(self.tried, key=lambda prompt: abs(self.tried[prompt][0] - 0.5))[:5]
+        shares = {prompt: " / ".join(f"{share:.0%}" for share in self.tried[prompt]) for prompt in nearest}
+        tried = ", ".join(f"{shares[prompt]} '{prompt}'" for prompt in nearest)
         tried = f"{len(self.tried)}, the nearest {tried}" if tried else "none, it has no word to change"
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples the picture"
         why = f"{OTHERS:.0%} other memorised ones at most, and {BARS[-1]:.0%} of the rest the digit named"
@@ -157,7 +158,7 @@ class Prompted(BeforeAfter):
         than 128 one may be on the wrong side of each bound, or chance would turn good prompts away.
         """
         for count in (SHOWN // 2, 2 * SHOWN, DRAWN):
-            slack = 1 / count if count < DRAWN else 0.0
+            slack = (count < DRAWN) / count + 1e-6  # and what rounding takes
             drawn = self.sample_before(prompt, count)
             shares = self.shares(drawn)
             share = shares[self.which].item()

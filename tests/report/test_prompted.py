@@ -216,21 +216,32 @@ def test_a_modified_prompt_that_gives_nearly_nothing_but_the_picture_is_none(scr
     assert "to 99% of the samples the picture" in error and f"100% '{FIRST}'" in error
 
 
-@pytest.mark.parametrize("copies, wrong, fits", [
-    ((1, 7, 40), 0, True), ((0, 8, 40), 0, False), ((7, 20, 80), 0, True), ((8, 20, 80), 0, False),  # of 8
-    ((2, 6, 26), 0, True), ((2, 5, 26), 0, False), ((6, 26, 102), 0, True), ((6, 27, 102), 0, False),  # of 32
-    ((2, 6, 25), 0, False), ((6, 26, 103), 0, False),  # of 128: there no sample may be on the wrong side
-    ((3, 12, 48), 1, True), ((3, 12, 48), 2, False)])  # digits that are not the one named, among the first 8
-def test_one_sample_may_be_on_the_wrong_side_of_a_bound_until_all_are_drawn(copies, wrong, fits, monkeypatch):
-    eight, more, rest = copies[0], copies[1] - copies[0], copies[2] - copies[1]
-    kinds = [-1.0] * eight + [0.9] * wrong + [1.0] * (8 - eight - wrong)
-    kinds += [-1.0] * more + [1.0] * (24 - more) + [-1.0] * rest + [1.0] * (96 - rest)
-    samples = torch.tensor(kinds)[:, None, None, None].expand(-1, 1, 28, 28)  # the picture, a wrong digit, the digit
+# Of the first 8 samples, the next 24 and the last 96: p is the picture, n is in A without being it, o another memorised
+# picture, w a digit that is not the one named; the others are what they should be.
+@pytest.mark.parametrize("part, kinds, least, fits", [
+    (0, dict(p=1), 0.9, True), (0, dict(p=0), 0.9, False), (0, dict(p=7), 0.9, True), (0, dict(p=8), 0.9, False),
+    (0, dict(n=4), 0.9, True), (0, dict(n=5), 0.9, False), (0, dict(o=2), 0.9, True), (0, dict(o=3), 0.9, False),
+    (0, dict(w=1), 0.9, True), (0, dict(w=2), 0.9, False), (0, dict(w=2), 0.75, True), (0, dict(w=3), 0.75, False),
+    (1, dict(p=3), 0.9, True), (1, dict(p=2), 0.9, False), (1, dict(p=23), 0.9, True), (1, dict(p=24), 0.9, False),
+    (1, dict(n=14), 0.9, True), (1, dict(n=15), 0.9, False), (1, dict(o=7), 0.9, True), (1, dict(o=8), 0.9, False),
+    (1, dict(w=3), 0.9, True), (1, dict(w=4), 0.9, False), (1, dict(w=6), 0.75, True), (1, dict(w=7), 0.75, False),
+    (2, dict(p=14), 0.9, True), (2, dict(p=13), 0.9, False), (2, dict(p=90), 0.9, True), (2, dict(p=91), 0.9, False),
+    (2, dict(n=54), 0.9, True), (2, dict(n=55), 0.9, False), (2, dict(o=25), 0.9, True), (2, dict(o=26), 0.9, False),
+    (2, dict(w=8), 0.9, True), (2, dict(w=9), 0.9, False), (2, dict(w=20), 0.75, True), (2, dict(w=21), 0.75, False)])
+def test_one_sample_may_be_on_the_wrong_side_of_a_bound_until_all_are_drawn(part, kinds, least, fits, monkeypatch):
+    names, drawn = "dpnow", []
+    for place, (size, copies) in enumerate([(8, 3), (24, 9), (96, 36)]):
+        of = {"p": copies} | (kinds if place == part else {})
+        drawn += [names.index(kind) for kind in "".join(kind * count for kind, count in of.items()).ljust(size, "d")]
+    samples = torch.tensor(drawn).view(128, 1, 1, 1)
     one = prompted.Prompted.__new__(prompted.Prompted)
-    one.pictures, one.which, one.tried, one.schedule, one.world = -torch.ones(1, 1, 28, 28), 0, {}, SCHEDULE, ALONE
+    one.pictures, one.which, one.tried, one.schedule, one.world = [None], 0, {}, SCHEDULE, ALONE
+    of = lambda kinds, among: sum((among == names.index(kind)).flatten() for kind in kinds).bool()  # noqa: E731
     monkeypatch.setattr(one, "sample_before", lambda prompt, count: samples[:count])
-    monkeypatch.setattr(one, "named", lambda samples, prompt: (samples[:, 0, 0, 0] == 1).float().mean().item())
-    assert (one.two_kinds("a nine", 0.9) is not None) == fits
+    monkeypatch.setattr(one, "shares", lambda among: torch.stack([of("p", among), of("o", among)]).float().mean(dim=1))
+    monkeypatch.setattr(one, "named", lambda among, prompt: 1 - of("w", among).sum().item() / max(1, len(among)))
+    monkeypatch.setattr(prompted, "cluster_around", lambda among, picture: of("pn", among))
+    assert (one.two_kinds("a nine", least) is not None) == fits
 
 
 def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):
