@@ -242,7 +242,17 @@ def test_one_sample_may_be_on_the_wrong_side_of_a_bound_until_all_are_drawn(part
     monkeypatch.setattr(one, "shares", lambda among: torch.stack([of("p", among), of("o", among)]).float().mean(dim=1))
     monkeypatch.setattr(one, "named", lambda among, prompt: 1 - of("w", among).sum().item() / max(1, len(among)))
     monkeypatch.setattr(prompted, "cluster_around", lambda among, picture: of("pn", among))
-    assert (one.two_kinds("a nine", least) is not None) == fits
+    assert (one.two_kinds("a nine", least, 1) is not None) == fits
+    assert (one.two_kinds("a nine", least, 0) is not None) == (fits and part == 2)  # all are just beyond the bound
+
+
+def test_one_sample_is_let_off_only_where_no_prompt_passes_without(monkeypatch):
+    one, asked = prompted.Prompted.__new__(prompted.Prompted), []
+    one.original, wanted = ORIGINAL, ("second", 0.9, 1)
+    monkeypatch.setattr(prompted, "modifications", lambda prompt: ["first", "second"])
+    monkeypatch.setattr(one, "two_kinds", lambda *given: asked.append(given) or ("data" if given == wanted else None))
+    assert one.modify() == ("second", "data")
+    assert asked == [(prompt, least, spare) for least, spare in [(0.9, 0), (0.75, 0), (0.9, 1)] for prompt in ("first", "second")]
 
 
 def test_samples_that_are_all_in_one_cluster_are_one_line(script, base, tmp_path, monkeypatch):
