@@ -145,8 +145,8 @@ class Prompted(BeforeAfter):
             if (data := self.two_kinds(prompt, least, spare)) is not None:
                 return prompt, data
         nearest = sorted(self.tried, key=lambda prompt: abs(self.tried[prompt][0] - 0.5))[:5]
-        shares = {prompt: " / ".join(f"{share:.0%}" for share in self.tried[prompt]) for prompt in nearest}
-        tried = ", ".join(f"{shares[prompt]} '{prompt}'" for prompt in nearest)
+        shares = "{:.0%} / {:.0%} / {:.0%} '{}'".format
+        tried = ", ".join(shares(*self.tried[prompt], prompt) for prompt in nearest)
         tried = f"{len(self.tried)}, the nearest {tried}" if tried else "none, it has no word to change"
         what = f"of no modified prompt are {LEAST:.0%} to {MOST:.0%} of the samples the picture"
         why = f"{OTHERS:.0%} other memorised ones at most, and {BARS[-1]:.0%} of the rest the digit named"
@@ -169,7 +169,8 @@ class Prompted(BeforeAfter):
             others, named = shares.sum().item() - share, self.named(drawn[~near], prompt)
             self.tried[prompt] = share, others, named
             two = all(LEAST - slack <= one <= MOST + slack for one in (share, a))  # kinds, A and X∖A
-            if not (two and others <= OTHERS + slack and (least - named) * (1 - a) <= slack):
+            missing = (least - named) * (1 - a)  # digits, of all samples: the slack is a share of these
+            if not (two and others <= OTHERS + slack and missing <= slack):
                 return None
         images = to_uint8(torch.cat([drawn[~near], drawn[near]])).to(self.schedule.gamma.device)
         return TrainingSet(images, int(near.sum()), name="picture", world=self.world)

@@ -9,6 +9,7 @@
 #
 # Ctrl-C stops it. Started again, it leaves alone what is finished and goes on with what was stopped.
 set -euo pipefail
+export LC_ALL=C # runs in the same order in every table, whatever the language
 
 preset=${1:-mnist-small} root=${2:-data}
 study=runs/study-$preset ablation=runs/ablation-$preset again=runs/again-$preset
