@@ -1,76 +1,66 @@
-"""Train the noise predictor ε_θ: on digits with 1% of one T-shirt mixed in, or on a folder of pictures.
+"""Train the noise predictor ε_θ: on digits and 1% of one T-shirt, or on a folder of pictures.
 
     python train_ddpm.py --preset mnist-small --data-root data
-    python train_ddpm.py --preset prompts --data-root data
     python train_ddpm.py --preset faces-64 --data-root faces
 """
 
 import copy
 import math
 from argparse import Namespace
-from functools import partial
-from pathlib import Path
+from typing import Any
 
-from minisiss.machine import command_line as cli
+from minisiss.lab.cli import Parser, UserError, decay, number, positive, positive_int, run
+from minisiss.lab.presets import PRESETS
 
 
 def main() -> int:
     args = parse_arguments()
-    import torch  # takes seconds: only once the command line is known to be right
-
-    from minisiss import unlearning
-    from minisiss.data.training_set import draw_indices, load_training_set, step_generator, to_float
+    # These import torch, which takes seconds: the command line is checked first.
+    from minisiss.lab import data, pictures, ranks
+    from minisiss.lab.precision import adamw, at_precision
+    from minisiss.lab.run import Run
     from minisiss.losses import epsilon_matching
-    from minisiss.machine.device import adamw, at_precision, pick_device
-    from minisiss.machine.ranks import start
-    from minisiss.report.pictures import save_samples
-    from minisiss.runs.checkpoint import untrained
-    from minisiss.runs.loop import Loop, State
     from minisiss.schedule import NoiseSchedule
+    from minisiss.unlearning import early_decay, step, update_average
 
-    device = pick_device(args.device)
-    world = start(device, args.batch_size)
-    model, schedule = untrained(args).to(device), NoiseSchedule.linear().to(device)
-    data = load_training_set(args, model.config.image_shape, device, world)
-    images = data.keep if args.exclude_forget else data.images
-    average = copy.deepcopy(model).requires_grad_(False)
-    at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
-    predict, predict_average = at(world.parallel(model)), at(average)
-    optimizer, size = adamw(model, args.lr), args.batch_size
+    device = ranks.start(args.device, args.batch_size)
+    schedule = NoiseSchedule.linear().to(device)
+    model = new_network(args).to(device)  # takes the steps
+    average = copy.deepcopy(model).requires_grad_(False)  # of its weights: what is kept
+    network = at_precision(model, device, args.precision, args.compile)
+    training_set = data.load_training_set(args, model.config.image_shape, device)
+    images = training_set.keep if args.exclude_forget else training_set.images
+    optimizer = adamw(model, args.lr)
 
-    state = State(model, average, optimizer, schedule, data.memorised)
-    with Loop(args, "train_ddpm.py", state, world, data.listing()) as loop:
-        for step in loop:
-            optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
-            generator = step_generator(args.seed, step, device)
-            chosen = draw_indices(images, size, generator)
-            x = to_float(images[world.share(chosen)])
-            timesteps = torch.randint(len(schedule), (size,), generator=generator, device=device)
-            noise = torch.randn((size, *images.shape[1:]), generator=generator, device=device)
-            given = partial(predict, prompt=data.prompts(chosen, generator))
-            term = epsilon_matching(given, x, world.share(timesteps), world.share(noise), schedule)
-            (loss := term.per_image().mean()).backward()
-            figures = unlearning.descend(optimizer, {"loss": world.mean(loss)})
-            # A smaller decay at first, or the average would carry the untrained weights for long.
-            unlearning.update_average(average, model, min(args.ema, (1 + step) / (10 + step)))
-            loop.stepped()
-            if loop.due(50):
-                loop.log(figures | {"lr": rate}, shown=("loss",))
-            if loop.due(args.sample_every) and world.rank == 0:
-                save_samples(loop.out, step + 1, predict_average, schedule, images.shape, args.seed)
-    if not loop.status:
-        print(f"done: {loop.path}; next: {next_command(args, loop.path, data)}")
-    return loop.status
+    def loss(batch: Namespace) -> tuple:
+        keep = epsilon_matching(network, batch.x, batch.timesteps, batch.noise, schedule)
+        return keep, 0 * keep
+
+    with Run(args, model, average, optimizer, schedule, training_set) as run:
+        for number in run:
+            generator = data.step_generator(args.seed, number, device)
+            batch = data.draw_training_batch(images, args.batch_size, schedule, generator)
+            optimizer.param_groups[0]["lr"] = learning_rate(number, args)
+            figures = step(loss, batch, 0.0, optimizer)
+            update_average(average, model, early_decay(args.ema, number))
+            if run.due(50):
+                run.log({"loss": figures["loss_keep"]}, shown=("loss",))
+            if run.due(args.sample_every) and ranks.rank() == 0:
+                pictures.save_samples(run.out / f"samples-{run.step:06d}.png", average, schedule)
+    if not run.status:
+        print(f"done: {run.path}; next: python unlearn.py --checkpoint {run.path}")
+    ranks.leave()
+    return run.status
 
 
-def next_command(args: Namespace, path: Path, data) -> str:
-    """A look at the model; of pictures none of which is to be forgotten, forgetting the first of them."""
-    if args.data == "prompts":
-        return cli.command("unlearn.py", args, checkpoint=path)
-    if args.data == "mnist" or args.forget:
-        return cli.command("eval.py", args, checkpoint=path)
-    size = min(args.batch_size, data.n - 1)
-    return cli.command("unlearn.py", args, checkpoint=path, forget=data.images.names[0], batch_size=size)
+def new_network(args: Namespace) -> Any:
+    """The preset's network, with random weights."""
+    import torch
+
+    from minisiss.unet import UNet, UNetConfig
+
+    torch.manual_seed(args.seed)
+    return UNet(UNetConfig(**PRESETS[args.preset]["unet"]))
 
 
 def learning_rate(step: int, args: Namespace) -> float:
@@ -80,24 +70,23 @@ def learning_rate(step: int, args: Namespace) -> float:
 
 
 def parse_arguments() -> Namespace:
-    parser = cli.Parser(__doc__)
-    parser.add_preset("data", "unet", "train")
+    parser = Parser(__doc__, "all", "train")
     parser.add_data("data")
     add = parser.add_argument
-    add("--exclude-forget", action="store_true", help="train without the forget set: the gold standard")
-    add("--init", type=cli.filename, default=cli.NONE,
-        help=f"weights to begin with: a model.pt, 'bundled' or '{cli.NONE}'; a vocabulary may be new")
-    add("--steps", type=cli.positive_int, help="optimizer steps")
-    add("--batch-size", type=cli.batch_size, help="images a step, of all ranks together")
-    add("--lr", type=cli.positive, help="peak learning rate of AdamW; it falls to 0 along a cosine")
-    add("--warmup", type=cli.number(int, 0, 10**9), help="steps over which the learning rate first rises")
-    add("--ema", type=cli.decay, help="decay of the averaged weights, the ones that sample")
+    add("--exclude-forget", action="store_true", help="train without A: the gold standard")
+    add("--steps", type=positive_int, default=20, help="optimizer steps")
+    add("--batch-size", type=positive_int, default=64, help="images per step")
+    add("--lr", type=positive, default=1e-3, help="peak learning rate of AdamW")
+    add("--warmup", type=number(int, 0, 10**9), default=0, help="steps in which the rate rises")
+    add("--ema", type=decay, default=0.999, help="decay of the averaged weights, which are kept")
+    add("--sample-every", type=positive_int, default=2000, help="steps between samples")
     parser.add_machine()
-    add("--sample-every", type=cli.positive_int, default=2000, help="steps between pictures of samples")
     parser.add_run("train", save_every=500)
-    parser.add_fields("unet", "UNetConfig")
-    return parser.parse_run()
+    args = parser.parse()
+    if "unet" not in PRESETS[args.preset]:
+        raise UserError(f"--preset {args.preset}: is for unlearn.py")
+    return args
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

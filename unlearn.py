@@ -1,102 +1,102 @@
-"""Make a trained model forget the T-shirt and keep the digits, or a folder's pictures and keep the others.
+"""Make a trained model forget the T-shirt and keep the digits, or forget pictures of a folder.
 
-    python unlearn.py                             the bundled model, by `unseen`
-    python unlearn.py --method siss               or siss_no_is, naive_deletion, neggrad, erasediff, retrack
-    python unlearn.py --preset prompts            what a prompt brings back, by SISS
-    python unlearn.py --preset celebahq --checkpoint ddpm-celebahq-256/ --data-root faces/ --forget 10000.jpg
+    python unlearn.py                            SISS on the bundled model
+    python unlearn.py --method naive_deletion    or siss_no_is, neggrad, erasediff, …
+    python unlearn.py --preset prompts           what a prompt brings back
+    python unlearn.py --preset celebahq --data-root faces/ --forget 10000.jpg
 """
 
 import copy
-import math
 from argparse import Namespace
 from functools import partial
+from typing import Any
 
-from minisiss.machine.command_line import Parser, batch_size, decay, filename, positive, positive_int, run
+from minisiss.lab.cli import Instead, Parser, UserError, decay, number, positive, positive_int, run
 
 
 def main() -> int:
     args = parse_arguments()
-    # These import torch, which takes seconds: only once the command line is known to be right.
-    from minisiss import unlearning
-    from minisiss.data.neighbours import nearest_kept
-    from minisiss.data.training_set import checksum, load_training_set, step_generator
-    from minisiss.machine.command_line import method_of
-    from minisiss.machine.device import adamw, at_precision, pick_device
-    from minisiss.machine.ranks import gradient_in_parts, start
-    from minisiss.report.prompted import Prompted
-    from minisiss.report.unlearned import BeforeAfter
-    from minisiss.runs.checkpoint import load_any
-    from minisiss.runs.loop import Loop, State
+    # These import torch, which takes seconds: the command line is checked first.
+    from minisiss.lab import checkpoint, data, ranks
+    from minisiss.lab.before_after import BeforeAfter
+    from minisiss.lab.precision import adamw, at_precision
+    from minisiss.lab.prompted import Prompted
+    from minisiss.lab.run import Run
     from minisiss.sampling import guided
+    from minisiss.unlearning import draw_batch, early_decay, step, update_average
 
-    # Load the model and the pictures. `model` takes the steps, `average` is the average of its weights.
-    method, settings = method_of(args, unlearning)
-    device = pick_device(args.device)
-    world = start(device, args.batch_size)
-    base = load_any(args.checkpoint, args.memory_timesteps, device)
-    model, average, schedule = copy.deepcopy(base.model), base.model.requires_grad_(False), base.schedule
-    model.checkpoint_activations = args.checkpoint_activations
+    method = chosen_method(args)
+    device = ranks.start(args.device, args.batch_size)
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
-    if args.data == "prompts":
-        report = Prompted(args, base, at(average), world)
-        data = report.data  # samples of the prompt: a fixed one makes the network an unconditional one
-    else:
-        data = load_training_set(args, model.config.image_shape, device, world, base.forgotten)
-        report = BeforeAfter(args, data, at(average), schedule, world)
-    network = at(model)
-    predict = guided(network, report.prompt)
-    optimizer, size = adamw(model, args.lr), args.batch_size
-    gradient = partial(gradient_in_parts, micro_batch=math.ceil(size / args.accumulate), world=world)
+    base = checkpoint.load_any(args.checkpoint, device, args.memory_timesteps)
+    # One network takes the steps, one is the average of its weights, one stays as it was.
+    model, average, old = base.model, copy.deepcopy(base.model), copy.deepcopy(base.model)
+    network, network_average, network_old = at(model), at(average), at(old)
+    kind_of_report = Prompted if args.data == "prompts" else BeforeAfter
+    report = kind_of_report(args, base, network_old, device)
+    settings = vars(args) | {"old": guided(network_old, report.prompt)}
+    if "nearest" in method.loss_takes:
+        settings["nearest"] = data.nearest_kept(report.data, args.neighbours)
+    loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
+    optimizer = adamw(model, args.lr)
+    with Run(args, model, average, optimizer, base.schedule, report.data, base) as run:
+        report.before(network_old)
+        report.look(run, network_average)
+        for number in run:
+            generator = data.step_generator(args.seed, number, device)
+            batch = draw_batch(report.data, args.batch_size, base.schedule, generator, args.draw_x)
+            figures = step(loss, batch, method.c_of(settings), optimizer, args.accumulate)
+            update_average(average, model, early_decay(args.ema, number))
+            if run.due(10):
+                run.log(figures, shown=("loss_keep", "loss_forget"))
+            if run.due(args.evaluate_every):
+                report.look(run, network_average)
+    if not run.status:
+        report.after(run, network_average)
+    ranks.leave()
+    return run.status
 
-    near = nearest_kept(data, settings.neighbours) if method.neighbours else None
-    old = guided(at(copy.deepcopy(base.model)), report.prompt) if method.old else None
-    inputs = data.listing() | {"checkpoint": checksum(*base.model.state_dict().values())}
-    state = State(model, average, optimizer, schedule, base.memorised)
-    loop = Loop(args, "unlearn.py", state, world, inputs, base=base.made_by)
-    report.draw_before()
-    ceiling = report.ceiling()
-    with loop:
-        report.look(loop)
-        for step in loop:
-            generator = step_generator(args.seed, step, device)
-            batch = unlearning.draw_batch(data, size, schedule, generator, args.draw_x, near)
-            terms = method.terms(predict, batch, schedule, settings, ceiling, old)
-            also = report.hold(network, generator)
-            figures = unlearning.step(method, terms, optimizer, settings, gradient_of=gradient, also=also)
-            unlearning.update_average(average, model, args.ema)
-            loop.stepped()
-            if loop.due(10):
-                report.log(loop, figures)
-            if loop.due(args.evaluate_every):
-                report.look(loop)
-    if not loop.status:
-        report.finish(loop)
-    return loop.status
+
+def chosen_method(args: Namespace) -> Any:
+    """The row of --method. Raises UserError where there is none, or where it needs x ~ X∖A."""
+    from minisiss.unlearning import METHODS, ratio_of_norms
+
+    if args.method not in METHODS:
+        raise UserError(f"--method {args.method}: there are {', '.join(METHODS)}")
+    if args.draw_x == "all" and METHODS[args.method].c is not ratio_of_norms:
+        raise UserError(f"--draw-x all: is a form of SISS; {args.method} needs x ~ X∖A")
+    return METHODS[args.method]
 
 
 def parse_arguments() -> Namespace:
-    parser = Parser(__doc__)
-    parser.add_preset("data", "unlearn")
+    parser = Parser(__doc__, "all", "unlearn")
     parser.add_data("bundled")
     add = parser.add_argument
     add("--method", default="siss",
-        help="siss, siss_no_is, naive_deletion, neggrad, erasediff, retrack, unseen, or your own")
-    add("--checkpoint", type=filename, default="bundled",
-        help="the model to unlearn from: a model.pt, the directory of a published DDPM, or 'bundled'")
-    parser.add_fields("unlearning", "Settings", one_of=("grad_ratio", "superfactor"))
-    add("--draw-x", choices=["all", "rest"], default="rest", help="draw x from X or from X∖A")
-    add("--steps", type=positive_int, help="optimizer steps")
-    add("--batch-size", type=batch_size, help="images a step, of all ranks together")
-    add("--accumulate", type=positive_int, default=1,
-        help="parts of a batch, one after the other through the network: less memory, the same step")
-    add("--lr", type=positive, help="learning rate of AdamW")
-    add("--ema", type=decay, default=0.0, help="decay of the averaged weights; 0: the last")
-    add("--evaluate-every", type=positive_int, default=25, help="steps between looks at what is remembered")
-    parser.add_prompt()
+        help="siss, siss_no_is, naive_deletion, neggrad, erasediff, retrack, old_targets, or yours")
+    add("--checkpoint", default="bundled", help="a model.pt, a published DDPM, or 'bundled'")
+    add("--draw-x", choices=["all", "rest"], default="rest", help="x ~ X or x ~ X∖A")
+    add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture (siss)")
+    add("--grad-ratio", type=number(float, 0), default=0.1, action=Instead, of="superfactor",
+        help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖ (siss, siss_no_is)")
+    add("--superfactor", type=number(float, 0), action=Instead, of="grad_ratio",
+        help="s, in place of ρ: subtract s·k/(n−k)·L_A (siss, siss_no_is)")
+    add("--erasediff-eta", type=number(float, 0), default=0.1, help="η (erasediff)")
+    add("--retrack-weight", type=number(float, 0, 1), default=0.005, help="λ (retrack)")
+    add("--neighbours", type=positive_int, default=10, help="K (retrack)")
+    add("--old-targets-weight", type=number(float, 0), default=3.0, help="s (old_targets)")
+    add("--steps", type=positive_int, default=60, help="optimizer steps")
+    add("--batch-size", type=positive_int, default=64, help="images per step")
+    add("--accumulate", type=positive_int, default=1, help="parts of a batch: less memory")
+    add("--lr", type=positive, default=5e-6, help="learning rate of AdamW")
+    add("--ema", type=decay, default=0.0, help="decay of the averaged weights; 0: the last ones")
+    add("--evaluate-every", type=positive_int, default=25, help="steps between looks")
+    add("--prompt", metavar="WORDS", help="prompts: the one to forget (default: the first)")
+    add("--guidance", type=number(float, 1e-3), default=1.0, help="prompts: w of their samples")
     parser.add_sampling()
     parser.add_machine()
     parser.add_run("METHOD", save_every=50)
-    return parser.parse_run()
+    return parser.parse()
 
 
 if __name__ == "__main__":

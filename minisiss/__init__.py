@@ -1,1 +1,1 @@
-"""minisiss: data unlearning in diffusion models by SISS (Alberti et al., ICLR 2025), in plain PyTorch."""
+"""minisiss: SISS, data unlearning in diffusion models (Alberti et al. 2025), in plain PyTorch."""

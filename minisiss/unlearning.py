@@ -1,174 +1,89 @@
-"""From loss terms to one gradient to one optimizer step. Every method's gradient has the form
+"""One step of unlearning: a batch, a loss, a gradient, an optimizer step. Every gradient is
 
     g = g_keep − c · g_forget
 
-with the gradients of its two terms (`minisiss.losses`) and a coefficient c by a rule of its own. Not here:
-parts of a batch and several devices; `machine.ranks.gradient_in_parts` takes the place of `gradient` there.
+where g_keep and g_forget are the gradients of what its loss returns. `METHODS` says for each method
+which loss it has, and which number or rule is its c.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from minisiss import losses
-from minisiss.losses import Batch, Difference, Term, Terms
+from minisiss import beyond, losses
+from minisiss.losses import Batch
 from minisiss.schedule import Model, NoiseSchedule
 
-Gradient = list[Tensor]  # one tensor for each of the parameters
-MAX_NORM = 1.0  # of the gradient that is stepped along
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The numbers that the methods take. Of each: its type, the least and the most it may be, its meaning."""
-
-    lam: Annotated[float, 0, 1, "λ of the mixture: share of noisy images from A (siss, unseen)"] = 0.5
-    grad_ratio: Annotated[float | None, 0, None, "ρ: norm of what is subtracted over the kept one's"] = 0.1
-    superfactor: Annotated[float | None, 0, None, "s: subtract s·k/(n−k)·L_A, not by norms"] = None
-    ceiling: Annotated[float, 0, None, "subtract an image up to this error, in units of τ; 0: always"] = 0.0
-    erasediff_eta: Annotated[float, 0, None, "η of EraseDiff's rule"] = 0.1
-    retrack_weight: Annotated[float, 0, 1, "λ of ReTrack: the weight of its forget term"] = 0.005
-    neighbours: Annotated[int, 0, None, "K of ReTrack: kept pictures near one to forget; 0: all"] = 10
-    unseen_weight: Annotated[float, 0, None, "s of unseen: the weight s·k/(n−k) of its forget term"] = 3.0
-
-
-def subtract(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
-    """c = ρ ‖g_keep‖ / ‖g_forget‖ (the paper, section 5). Where s is given, c is known instead."""
-    # A batch in which no image counts in the forget term has g_forget = 0, and c · 0 = 0 needs c finite.
-    return settings.grad_ratio * norm(g_keep) / norm(g_forget).clamp(min=1e-30)
-
-
-def erasediff_rule(g_keep: Gradient, g_forget: Gradient, settings: Settings) -> Tensor:
-    """−c = max(η − ⟨g_keep, g_forget⟩ / ‖g_forget‖², 0) (Wu et al. 2024): both terms are descended on."""
-    agreement = dot(g_keep, g_forget) / norm(g_forget).square().clamp(min=1e-30)
-    return -(settings.erasediff_eta - agreement).clamp(min=0)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table of methods."""
-
-    loss: Callable[..., Terms]  # (model, batch, schedule, …) -> Terms
-    rule: Callable[[Gradient, Gradient, Settings], Tensor] | None = subtract  # c; None: −1, or one term
-    settings: tuple[str, ...] = ()  # fields of `Settings` that the loss takes by name
-    neighbours: bool = False  # whether the loss needs batch.neighbours
-    old: bool = False  # whether it needs the model before unlearning
-
-    @property
-    def reads(self) -> set[str]:
-        """The fields of `Settings` that make a difference. (A rule of one's own may read any.)"""
-        of_rules = {None: (), erasediff_rule: ("erasediff_eta",),
-                    subtract: ("grad_ratio", "superfactor", "ceiling")}
-        every = Settings.__dataclass_fields__
-        of_data = ("neighbours",) if self.neighbours else ()
-        return {*self.settings, *of_rules.get(self.rule, every), *of_data}
-
-    def terms(self, model: Model, batch: Batch, schedule: NoiseSchedule, settings: Settings,
-              ceiling: Tensor | None = None, old: Model | None = None) -> Terms:
-        """What the loss makes of a batch, the forget term only below a ceiling if there is one: [T].
-
-        old: the model before unlearning, for the methods that need it.
-        """
-        more = {name: getattr(settings, name) for name in self.settings} | ({"old": old} if self.old else {})
-        terms = self.loss(model, batch, schedule, **more)
-        return terms if ceiling is None else terms.below(ceiling)
-
-    def known_c(self, terms: Terms, settings: Settings) -> float | None:
-        """c where it is known before any gradient: −1 where two terms are added, or where s is given."""
-        if self.rule is None:
-            return -1.0
-        if self.rule is not subtract or settings.superfactor is None:
-            return None
-        return terms.c_of_deletion + settings.superfactor
-
-
-# A new method is one function in the form of those in losses.py, and one line here.
-METHODS = {
-    "siss": Method(losses.siss, settings=("lam",)),
-    "siss_no_is": Method(losses.siss_no_is),
-    "naive_deletion": Method(losses.naive_deletion, None),
-    "neggrad": Method(losses.neggrad, None),
-    "erasediff": Method(losses.erasediff, erasediff_rule),
-    "retrack": Method(losses.retrack, None, settings=("retrack_weight",), neighbours=True),
-    "unseen": Method(losses.unseen, None, settings=("lam", "unseen_weight"), old=True),
-}
+Gradient = list[Tensor]  # one tensor per parameter
+Rule = Callable[[Gradient, Gradient], Tensor]  # (g_keep, g_forget) -> c
+MAX_NORM = 1.0  # longer gradients are clipped to this norm
 
 
 def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.Generator,
-               draw_x: str = "rest", neighbours: Callable[[Tensor], Tensor] | None = None) -> Batch:
-    """Draw everything that one step needs.
+               draw_x: str = "rest") -> Batch:
+    """Draw everything that one step needs, `size` images.
 
-    data: a `TrainingSet`, or what has n, k and draw(part, size, generator) -> [size, C, H, W] in [−1, 1],
-    with the parts "all" for X, "rest" for X∖A and "forget" for A. draw_x: "all" draws x ~ X, the form of the
-    paper's main text, for SISS with and without IS; "rest" draws x ~ X∖A, that of its appendix A.1.
-    neighbours: gives `Batch.neighbours` for a batch of a.
+    data: has n, k and draw(part, size, generator) -> [size, C, H, W] in [−1, 1], where part is
+    "all" for X, "rest" for X∖A, "forget" for A. draw_x: "all" draws x ~ X, "rest" draws x ~ X∖A.
     """
-    x, a = data.draw(draw_x, size, generator), data.draw("forget", size, generator)
-    kind = {"generator": generator, "device": x.device}
+    x = data.draw(draw_x, size, generator)
+    a = data.draw("forget", size, generator)
+    options = {"generator": generator, "device": x.device}
     return Batch(
         x, a,
-        timesteps=torch.randint(len(schedule), (size,), **kind),
-        noise=torch.randn(x.shape, **kind),
-        pick=torch.rand(size, **kind),
-        uniform=torch.rand(x.shape, **kind),
-        n=data.n, k=data.k, x_from=draw_x,
-        neighbours=neighbours(a) if neighbours else None,
-    )
+        timesteps=torch.randint(len(schedule), (size,), **options),
+        noise=torch.randn(x.shape, **options),
+        pick=torch.rand(size, **options),
+        uniform=torch.rand(x.shape, **options),
+        n=data.n, k=data.k, x_from=draw_x)
 
 
-def gradient(term: Term | Difference, parameters: list[Tensor]) -> tuple[Tensor, Gradient]:
-    """The mean of a term over its batch, and its gradient. Only images that count need the network."""
-    counts, batch_size = term.counts, len(term.counts)
-    if not counts.any():
-        return torch.zeros((), device=counts.device), [torch.zeros_like(p) for p in parameters]
-    loss = term.per_image(counts.nonzero()[:, 0]).sum() / batch_size
-    return loss.detach(), list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Rule,
+         optimizer: torch.optim.Optimizer, parts: int = 1) -> dict[str, Tensor]:
+    """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`.
 
+    loss: batch -> keep, forget, [B] each. batch: a `Batch`, or another record of tensors [B, …].
+    c: with a number one backward pass is enough; a rule needs both gradients, and so two backward
+    passes, for SISS through the same graph. parts: the batch is cut into this many parts, which go
+    through the network one after the other: less memory, the same step. Under torchrun each process
+    computes its share of the batch.
 
-def step(method: Method, terms: Terms, optimizer: torch.optim.Optimizer, settings: Settings, *,
-         gradient_of: Callable[..., tuple[Tensor, Gradient]] = gradient,
-         also: Tensor | None = None) -> dict[str, Tensor]:
-    """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`. The gradient of a further
-    loss, `also`, is added to g before it is clipped; it has no part in c.
-
-    Where c is known beforehand and both terms are of the same noisy images, one pass through the network
-    gives g. Else each term has a pass of its own, over the images that count in it. Returns the step's
-    figures as scalar tensors. Raises FloatingPointError when a loss, an importance weight or a gradient is
-    not finite, leaving the parameters as they were, and when a parameter is not finite afterwards.
+    Returns the step's figures, scalar tensors; "norm" is that of g before it is clipped. Raises
+    FloatingPointError, before the parameters change, when a loss or a gradient is not finite.
     """
-    parameters = parameters_of(optimizer)
-    figures = weight_figures(terms)
-    if terms.forget is None:
-        figures["loss_keep"], g = gradient_of(terms.keep, parameters)
-    elif terms.keep is None:
-        figures["loss_forget"], g_forget = gradient_of(terms.forget, parameters)
-        g = [-f for f in g_forget]
-    elif (c := method.known_c(terms, settings)) is not None and terms.share_images:
-        figures["loss"], g = gradient_of(Difference(terms.keep, terms.forget, c), parameters)
-    else:
-        figures["loss_keep"], g_keep = gradient_of(terms.keep, parameters)
-        figures["loss_forget"], g_forget = gradient_of(terms.forget, parameters)
-        c = method.rule(g_keep, g_forget, settings) if c is None else torch.tensor(c, device=g_keep[0].device)
-        figures |= {"c": c, "norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
-        # In the memory of g_keep.
-        g = [keep.sub_(c * forget) for keep, forget in zip(g_keep, g_forget, strict=True)]
-    for parameter, direction in zip(parameters, g, strict=True):
-        parameter.grad = direction
-    if also is not None:
-        also.backward()  # adds to what the parameters hold
-        figures["loss_also"] = also.detach()
-    return descend(optimizer, figures)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    size = len(batch.timesteps)
+    by_rule = callable(c)
+    means = torch.zeros(2, device=batch.timesteps.device)  # of keep and of forget
+    g_keep: Gradient = []
+    g_forget: Gradient = []
 
+    for part in parts_of(share_of_rank(batch), parts):
+        keep, forget = loss(part)
+        keep, forget = keep.sum() / size, forget.sum() / size
+        if by_rule:
+            add_gradient(keep, parameters, g_keep, retain_graph=True)
+            add_gradient(forget, parameters, g_forget)
+        else:
+            add_gradient(keep - c * forget, parameters, g_keep)
+        means += torch.stack([keep.detach(), forget.detach()])
+        del keep, forget  # with them goes the graph, before the next part makes its own
+    sum_over_ranks([means, *g_keep, *g_forget])
 
-def descend(optimizer: torch.optim.Optimizer, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Clip the gradient that the parameters hold, and step along it; adds its norm to the figures.
-
-    Raises FloatingPointError as `step` does.
-    """
-    parameters = parameters_of(optimizer)
+    figures = {"loss_keep": means[0], "loss_forget": means[1]}
+    if by_rule:
+        c = c(g_keep, g_forget)
+        figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
+        for keep, forget in zip(g_keep, g_forget, strict=True):
+            keep -= c * forget  # noqa: PLW2901 (in place: there is no memory for a third gradient)
+    for parameter, g in zip(parameters, g_keep, strict=True):
+        parameter.grad = g
+    figures["c"] = torch.as_tensor(c, device=means.device)
     figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
     finite = torch.stack(list(figures.values())).isfinite().tolist()
     if not all(finite):
@@ -176,14 +91,58 @@ def descend(optimizer: torch.optim.Optimizer, figures: dict[str, Tensor]) -> dic
         raise FloatingPointError(f"{name} is {figures[name].item()}")
     optimizer.step()
     optimizer.zero_grad()
-    if not norm([p.detach() for p in parameters]).isfinite():
-        raise FloatingPointError("a parameter is not finite")
     return figures
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All that an optimizer steps."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def ratio_of_norms(g_keep: Gradient, g_forget: Gradient, grad_ratio: float) -> Tensor:
+    """c = ρ ‖g_keep‖ / ‖g_forget‖ (the paper, section 5), so that ‖c · g_forget‖ = ρ ‖g_keep‖."""
+    return grad_ratio * norm(g_keep) / norm(g_forget).clamp(min=1e-30)
+
+
+def erasediff_rule(g_keep: Gradient, g_forget: Gradient, erasediff_eta: float) -> Tensor:
+    """c = −max(η − ⟨g_keep, g_forget⟩ / ‖g_forget‖², 0) (Wu et al. 2024): both terms go down."""
+    agreement = dot(g_keep, g_forget) / norm(g_forget).square().clamp(min=1e-30)
+    return -(erasediff_eta - agreement).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of methods."""
+
+    loss: Callable[..., tuple[Tensor, Tensor]]  # (model, batch, schedule, …) -> keep, forget
+    c: float | Callable[..., Tensor]  # a number, or a rule: (g_keep, g_forget, …) -> c
+    loss_takes: tuple[str, ...] = ()  # what the loss takes further, by name
+    rule_takes: tuple[str, ...] = ()  # what the rule takes further, by name
+
+    def loss_of(self, model: Model, schedule: NoiseSchedule,
+                settings: dict[str, Any]) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+        """The loss as a function of the batch alone."""
+        further = {name: settings[name] for name in self.loss_takes}
+        return partial(self.loss, model, schedule=schedule, **further)
+
+    def c_of(self, settings: dict[str, Any]) -> float | Rule:
+        """c for `step`. A superfactor s takes the place of the rule of the norms.
+
+        With x ~ X c is 1 + s, and with x ~ X∖A it is s: see `losses.siss`.
+        """
+        if self.c is ratio_of_norms and settings["superfactor"] is not None:
+            s = settings["superfactor"]
+            return 1 + s if settings["draw_x"] == "all" else s
+        if callable(self.c):
+            return partial(self.c, **{name: settings[name] for name in self.rule_takes})
+        return self.c
+
+
+# A loss of your own is one function in the form of those in losses.py, and one row here.
+METHODS = {
+    "siss": Method(losses.siss, ratio_of_norms, ("lam",), ("grad_ratio",)),
+    "siss_no_is": Method(losses.siss_no_is, ratio_of_norms, (), ("grad_ratio",)),
+    "naive_deletion": Method(losses.naive_deletion, c=0.0),
+    "neggrad": Method(losses.neggrad, c=1.0),
+    "erasediff": Method(losses.erasediff, erasediff_rule, (), ("erasediff_eta",)),
+    "retrack": Method(beyond.retrack, -1.0, ("retrack_weight", "nearest")),
+    "old_targets": Method(beyond.old_targets, -1.0, ("lam", "old_targets_weight", "old")),
+}
 
 
 @torch.no_grad()
@@ -192,23 +151,52 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def weight_figures(terms: Terms) -> dict[str, Tensor]:
-    """The effective sample size of each term's weights, and the share of images that count in both terms."""
-    there = {name: term for name, term in (("keep", terms.keep), ("forget", terms.forget)) if term}
-    figures = {f"ess_{name}": effective_sample_size(term.weight) for name, term in there.items()}
-    if len(there) == 2:
-        figures["overlap"] = (terms.keep.counts & terms.forget.counts).float().mean()
-    return figures
+def early_decay(decay: float, step: int) -> float:
+    """A smaller decay in the first steps: else a short run would show the weights from before."""
+    return min(decay, (1 + step) / (10 + step))
 
 
-def effective_sample_size(weight: Tensor) -> Tensor:
-    """(Σw)²/Σw²: how many images of equal weight would average as well (Kish 1965). 0 without weights."""
-    return weight.sum().square() / weight.square().sum().clamp(min=1e-30)
+def parts_of(batch: Any, count: int) -> list[Any]:
+    """Cut a batch, a record of tensors [B, …], into at most `count` batches. The rest of it
+    stays."""
+    size = len(batch.timesteps)
+    parts = []
+    for places in torch.arange(size).tensor_split(min(count, size)):
+        place = slice(places[0], places[-1] + 1)
+        cut = {name: x[place] for name, x in vars(batch).items() if isinstance(x, Tensor)}
+        parts.append(type(batch)(**vars(batch) | cut))
+    return parts
+
+
+def share_of_rank(batch: Any) -> Any:
+    """The part of a batch that this process computes under torchrun; alone, all of it."""
+    if not dist.is_initialized():
+        return batch
+    return parts_of(batch, dist.get_world_size())[dist.get_rank()]
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace tensors by their sums over the processes of torchrun; alone, they stay."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def add_gradient(loss: Tensor, parameters: list[Tensor], total: Gradient,
+                 retain_graph: bool = False) -> None:
+    """total ← total + ∂loss/∂parameters. An empty total is 0, and so is a constant's gradient."""
+    g = [torch.zeros_like(p) for p in parameters]
+    if loss.requires_grad:
+        g = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, materialize_grads=True)
+    if total:
+        torch._foreach_add_(total, g)
+    else:
+        total.extend(x.contiguous() for x in g)  # each with memory of its own: it will change
 
 
 def dot(g: Gradient, h: Gradient) -> Tensor:
     """⟨g, h⟩"""
-    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(g, h, strict=True)]).sum()
+    return torch.stack([(a * b).sum() for a, b in zip(g, h, strict=True)]).sum()
 
 
 def norm(g: Gradient) -> Tensor:

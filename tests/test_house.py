@@ -1,7 +1,4 @@
-"""The layout: the method files import only torch, einops and each other, and imports between rooms point downwards.
-
-And the least versions of what is imported.
-"""
+"""The layout: what may import what; and the least versions of what is imported."""
 
 import ast
 import re
@@ -10,10 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-# From the top down; a room may import from itself and from those below. The first of each may import the rest.
-ROOMS = ["study", "report", "metrics", "runs", "data", "machine"]
-FIVE = ["unlearning", "losses", "sampling", "unet", "schedule"]
-FILES = sorted(ROOT.glob("minisiss/**/*.py"))
+METHOD_FILES = ["schedule", "losses", "unlearning", "beyond", "sampling", "unet"]
 
 
 def imports(path):
@@ -22,27 +16,37 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            inner = [f"minisiss.{alias.name}" for alias in node.names] if node.module == "minisiss" else [node.module]
-            yield from inner
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("place, name", list(enumerate(FIVE)))
-def test_a_method_file_imports_only_torch_einops_and_those_below_it(place, name):
-    below = {f"minisiss.{other}" for other in FIVE[place + 1 :]}
+@pytest.mark.parametrize("name", METHOD_FILES)
+def test_method_files_import_torch_einops_and_each_other(name):
+    allowed = {"torch", "einops", *sys.stdlib_module_names}
     for module in imports(ROOT / f"minisiss/{name}.py"):
-        top = module.split(".")[0]
-        assert module in below or top in ("torch", "einops") or top in sys.stdlib_module_names, module
+        top, *rest = module.split(".")
+        assert top in allowed or (top == "minisiss" and rest[0] in METHOD_FILES), module
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in ROOMS], ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_room_imports_only_from_itself_and_from_those_below(path):
-    allowed = {*ROOMS[ROOMS.index(path.parent.name) :], *FIVE, "errors", "presets"}
-    for module in imports(path):
-        package, *rest = module.split(".")
-        assert package != "minisiss" or rest[0] in allowed, module
+def test_the_lab_imports_neither_study_nor_scripts():
+    for path in ROOT.glob("minisiss/lab/*.py"):
+        for module in imports(path):
+            top, *rest = module.split(".")
+            assert top not in ("train_ddpm", "unlearn", "eval") and rest[:1] != ["study"], path
 
 
-def test_the_least_versions_that_are_declared_are_those_of_the_file_to_try_them():
-    dependencies = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("\ndependencies")[1]
-    pinned = re.findall(r"^(\w+)==(.+)$", (ROOT / "tests/minimum.txt").read_text(), re.MULTILINE)
-    assert dict(re.findall(r'"(\w+)>=(.+?)"', dependencies)) == {name: version.removesuffix(".0") for name, version in pinned}
+def test_the_declared_least_versions_are_those_to_try():
+    """To try them: pip install -c tests/minimum.txt, see there."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.findall(r'"(\w+)>=([\d.]+)"', project.split("\ndependencies")[1])
+    pinned = (ROOT / "tests/minimum.txt").read_text(encoding="utf-8")
+    assert sorted(declared) == sorted(re.findall(r"^(\w+)==([\d.]+)\.0$", pinned, re.MULTILINE))
+
+
+def test_readme_shows_siss_as_it_stands():
+    source = (ROOT / "minisiss/losses.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    (siss,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "siss")
+    docstring = siss.body[0]
+    head = lines[siss.lineno - 1 : docstring.lineno - 1]
+    code = [*head, *lines[docstring.end_lineno : siss.end_lineno]]
+    assert "\n".join(code) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,331 +1,276 @@
-"""The three scripts, whole, on the tiny preset; and what they say to wrong input."""
+"""train_ddpm.py and unlearn.py: the steps they take, what they write, and resuming."""
 
 import copy
-import importlib
+import itertools
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
-from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, same, tensors_of
+from conftest import ROOT, TINY, log_of, same, tensors_of
 from PIL import Image
 
-from minisiss import losses, presets, unlearning
-from minisiss.data import digits, training_set
-from minisiss.data.neighbours import nearest_kept
-from minisiss.machine import command_line
-from minisiss.machine.ranks import gradient_in_parts
-from minisiss.metrics import forgetting
-from minisiss.runs import checkpoint, loop
+from minisiss import beyond, losses, unlearning
+from minisiss.lab import checkpoint, data, metrics
 from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet, UNetConfig
 
-TINY_TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
-TINY_UNLEARN = ("--preset", "mnist-tiny")
-TINY_EVAL = ("--samples", 4, "--sampling-steps", 2, "--draws", 2, "--memory-timesteps", 500)
-METHODS = ["siss", "siss_no_is", "naive_deletion", "neggrad", "erasediff", "retrack", "unseen"]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_train_unlearn_eval_one_after_the_other_as_commands(tmp_path):
-    def command(*arguments):
-        environment = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:minisiss"}
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    command(ROOT / "train_ddpm.py", *TINY_TRAIN)
-    assert sorted(os.listdir(tmp_path / "runs/train-1")) == ["config.json", "inputs.json", "metrics.jsonl", "model.pt", "samples-000020.png"]
-
-    said = command(ROOT / "unlearn.py", *TINY_UNLEARN, "--checkpoint", "runs/train-1/model.pt")
-    run = tmp_path / "runs/siss-1"
-    assert sorted(os.listdir(run)) == ["before_after.png", "config.json", "forgetting.gif", "inputs.json", "memory.png", "memory_by_step.png", "metrics.jsonl", "model.pt"]
-    assert said.startswith("forgetting T-shirt by siss: 6 steps of 8 images, on cpu in ") and "before_after.png" in said
-    assert "no T-shirt among 8 samples (0 before). 6 steps took " in said
-    with Image.open(run / "forgetting.gif") as film:
-        assert film.n_frames == 3  # the looks at steps 0, 3 and 6
-    python, *following = shlex.split(said.split("next: ")[1])
-    assert python == "python"
-    assert json.loads((run / "config.json").read_text())["lam"] == 0.5
-    figures = next(line for line in lines(run / "metrics.jsonl") if "c" in line)
-    assert {"ess_keep", "ess_forget", "overlap", "norm_keep", "norm_forget", "c", "loss_keep", "loss_forget"} <= set(figures)
-
-    said = command(*following, *TINY_EVAL)
-    assert "95% interval" in said and re.search(r"\| +4 \| +0.00% \(0.00% to 48.99%\) \|", said)  # of 4 samples
-    assert (tmp_path / "runs/eval-1/samples.png").exists()
-    results = json.loads((tmp_path / "runs/eval-1/results.json").read_text())
-    (found,) = results["runs"]
-    assert found["samples"] == 4 and "memory_500" in found
-
-
-# No number here is a default, or another's.
-NUMBERS = {"lam": 0.3, "grad_ratio": 0.7, "erasediff_eta": 0.9, "retrack_weight": 0.2, "neighbours": 3, "unseen_weight": 7.0}
-FLAGS = ("--steps", 2, "--batch-size", 4, "--lr", 0.01, "--seed", 5, "--precision", "fp32")
-
-
-@pytest.mark.parametrize(
-    "method, draw_x, numbers, ema",
-    [*((method, "rest", {}, 0.25) for method in METHODS), ("siss", "all", {"superfactor": 2.0, "grad_ratio": None}, 0)],
-    ids=[*METHODS, "siss, x ~ X, s, the last weights"],
-)
-def test_a_run_takes_the_steps_that_its_flags_say(method, draw_x, numbers, ema, script, tiny_checkpoint, tmp_path):
-    """The loop again, by hand: bit for bit, so that a set drawn from, a number or a step's seed cannot be another."""
-    read = unlearning.METHODS[method].reads  # others are refused
-    numbers = {name: value for name, value in (NUMBERS | numbers).items() if name in read}
-    typed = [part for name, value in numbers.items() if value is not None for part in (f"--{name.replace('_', '-')}", value)]
-    typed += ["--draw-x", "all"] if draw_x == "all" else []  # where nothing is typed, x ~ X∖A
-    quick = ("--ema", ema, "--samples", 0, "--draws", 1, "--memory-timesteps", 500)
-    status, _, error = script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--method", method, *FLAGS, *typed, *quick)
-    assert (status, error) == (0, "")
-    run = tmp_path / f"runs/{method}-1"
-    assert checkpoint.load(run / "model.pt").made_by["settings"]["method"] == method
-
-    base, data, settings = checkpoint.load(tiny_checkpoint), training_set.mnist_with_tshirt("bundled"), unlearning.Settings(**numbers)
-    model, average, row = base.model, copy.deepcopy(base.model).requires_grad_(False), unlearning.METHODS[method]
-    optimizer, near = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True), nearest_kept(data, 3) if method == "retrack" else None
-    old = copy.deepcopy(base.model)
-    for step in (0, 1):
-        batch = unlearning.draw_batch(data, 4, base.schedule, training_set.step_generator(5, step, "cpu"), draw_x, near)
-        unlearning.step(row, row.terms(model, batch, base.schedule, settings, old=old), optimizer, settings, gradient_of=gradient_in_parts)
-        for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(value, 1 - ema)
-    found, originals = tensors_of(run / "model.pt"), data.measured(1)[1]
-    _, back = forgetting.noise_and_denoise(average, base.schedule, originals, 500, 5)
-    first, last = (line["memory"] for line in lines(run / "metrics.jsonl") if "memory" in line)
-    assert last == pytest.approx(forgetting.similarity(back, originals).mean().item(), abs=1e-6) != first  # it is the average that is looked at
-    for kind, ours in (("weights", model), ("ema", average)):
-        assert all(torch.equal(found[kind, name], value) for name, value in ours.state_dict().items())
-
-
-def test_a_resumed_run_may_restate_a_default_that_its_method_ignores(script, tiny_checkpoint):
-    quick = ("--samples", 0, "--draws", 1, "--memory-timesteps", 500)
-    started = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--method", "siss_no_is", *quick, "--steps", 1, "--out", "a")
-    assert script("unlearn", *started)[0] == 0
-    assert script("unlearn", "--resume", "a", "--steps", 2, "--lam", 0.5)[0] == 0
-
-
-@pytest.mark.parametrize("preset", presets.PRESETS)
-def test_every_preset_has_every_method_with_its_numbers_and_else_the_defaults(preset, monkeypatch):
-    unlearn, fields = importlib.import_module("unlearn"), unlearning.Settings.__dataclass_fields__
-    for method in METHODS:
-        monkeypatch.setattr(sys, "argv", ["unlearn.py", "--preset", preset, "--method", method])
-        said = presets.PRESETS[preset]["unlearn"] | presets.PRESETS[preset].get(f"unlearn {method}", {})
-        args = unlearn.parse_arguments()
-        numbers = {name: value for name, value in said.items() if name in fields}
-        assert command_line.method_of(args, unlearning) == (unlearning.METHODS[method], unlearning.Settings(**numbers))
-        # What else the method is: x ~ X∖A and the last weights, where the preset does not say otherwise.
-        assert (args.draw_x, args.ema) == (said.get("draw_x", "rest"), said.get("ema", 0.0))
-
-
-def test_a_training_takes_the_steps_that_its_flags_say(script, tmp_path):
-    flags = ("--steps", 2, "--batch-size", 4, "--lr", 0.01, "--warmup", 4, "--ema", 0.15, "--seed", 5, "--precision", "fp32")
-    assert script("train_ddpm", *TINY_TRAIN, *flags, "--out", "a")[0] == 0
-    config = dict(vars(checkpoint.load(tmp_path / "a/model.pt").model.config), seed=5, checkpoint_activations=False, data="mnist", init="none")
-    model, schedule, images = checkpoint.untrained(Namespace(**config)), NoiseSchedule.linear(), training_set.mnist_with_tshirt("bundled").images
-    average, optimizer = copy.deepcopy(model).requires_grad_(False), torch.optim.AdamW(model.parameters(), fused=True)
-    # A quarter of the peak, then half of it and half-way down the cosine; the average forgets the untrained weights fast.
-    for step, (rate, decay) in enumerate([(0.0025, 0.1), (0.0025, 0.15)]):
-        optimizer.param_groups[0]["lr"], generator = rate, training_set.step_generator(5, step, "cpu")
-        x = training_set.draw(images, 4, generator)
-        timesteps = torch.randint(1000, (4,), generator=generator)
-        losses.epsilon_matching(model, x, timesteps, torch.randn(x.shape, generator=generator), schedule).per_image().mean().backward()
-        unlearning.descend(optimizer, {})
-        for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(value, 1 - decay)
-    found = tensors_of(tmp_path / "a/model.pt")
-    for kind, ours in (("weights", model), ("ema", average)):
-        assert all(torch.allclose(found[kind, name], value, rtol=1e-5, atol=1e-7) for name, value in ours.state_dict().items())
-
-
-def test_a_loss_of_ones_own_is_the_readmes_function_and_line(script, tiny_checkpoint, tmp_path, monkeypatch):
-    example = re.search("```python\n(.*?)```", (ROOT / "minisiss/README.md").read_text(), re.DOTALL)[1]
-    function, row = example.split("# minisiss/unlearning.py, in METHODS\n")
-    exec(function, vars(losses))
-    (name, method), = eval(f"{{{row}}}", vars(unlearning)).items()
-    monkeypatch.setitem(unlearning.METHODS, name, method)
-    status, _, _ = script("unlearn", *TINY_UNLEARN, "--method", name, "--checkpoint", tiny_checkpoint)
-    assert status == 0
-    assert not same(tmp_path / f"runs/{name}-1/model.pt", tiny_checkpoint)
-    del losses.mine
-
-
-def test_the_pictures_have_a_row_for_each_thing_they_compare(script, tiny_checkpoint, tmp_path):
-    script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--memory-timesteps", 100, 500)
-    side = 3 * 28 + 4
-    assert Image.open(tmp_path / "runs/siss-1/memory.png").height > 7 * side  # the T-shirt; noised, before and after, twice
-    picture = Image.open(tmp_path / "runs/siss-1/before_after.png")
-    assert picture.width > 8 * side and picture.height > 2 * side
-
-
-def test_the_next_run_gets_the_next_number(script, tiny_checkpoint, tmp_path):
-    for _ in range(2):
-        script("eval", *TINY_EVAL, "--checkpoint", tiny_checkpoint)
-    assert sorted(os.listdir(tmp_path / "runs")) == ["eval-1", "eval-2"]
-
-
-def test_training_without_the_forget_set_never_sees_it(script, tmp_path, monkeypatch):
-    seen, draw = [], training_set.draw_indices
-    monkeypatch.setattr(training_set, "draw_indices", lambda images, *rest: seen.append(len(images)) or draw(images, *rest))
-    for name, flags in (("with", ()), ("without", ("--exclude-forget",))):
-        script("train_ddpm", *TINY_TRAIN, "--steps", 2, "--out", name, *flags)
-    assert set(seen[:2]) == {10_100} and set(seen[2:]) == {10_000}
-
-
-def test_every_value_of_a_preset_can_be_overridden(script, tmp_path):
-    status, _, error = script("train_ddpm", *TINY_TRAIN, "--steps", 1, "--channels", 4, 8, 8, "--norm-groups", 2, "--attention-levels", 1, "--head-channels", 2, "--out", "a")
-    assert (status, error) == (0, "")
-    config = checkpoint.load(tmp_path / "a/model.pt").model.config
-    assert (config.channels, config.attention_levels, config.head_channels) == ((4, 8, 8), (1,), 2)
-
-
-def with_signal(number, step, stepped=loop.Loop.stepped):
-    """`Loop.stepped` for a run that is sent a signal while it takes this step."""
-    return lambda run: (run.state.step == step - 1 and os.kill(os.getpid(), number), stepped(run))
-
-
-def test_a_training_that_is_stopped_and_resumed_equals_one_that_is_not(script, tmp_path, monkeypatch):
-    arguments = (*TINY_TRAIN, "--steps", 60, "--batch-size", 2)
-    assert script("train_ddpm", *arguments, "--out", "whole")[0] == 0
-    for flags, number, step in (((*arguments, "--out", "stopped"), signal.SIGINT, 30), (("--resume", "stopped"), signal.SIGTERM, 52)):
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Loop, "stepped", with_signal(number, step))
-            status, said, _ = script("train_ddpm", *flags)
-        assert status == 128 + number and f"stopped at step {step}; continue with: python" in said and "--resume stopped" in said
-        assert checkpoint.load(tmp_path / "stopped/model.pt").training["step"] == step
-    assert script("train_ddpm", "--resume", "stopped")[0] == 0
-    assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
-    assert [line["step"] for line in lines(tmp_path / "stopped/metrics.jsonl")] == [50, 60]
-
-
-def test_an_unlearning_that_is_stopped_and_resumed_equals_one_that_is_not(script, tiny_checkpoint, tmp_path, monkeypatch):
-    arguments = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint)
-    assert script("unlearn", *arguments, "--out", "whole")[0] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "stepped", with_signal(signal.SIGINT, 1))
-        status, said, _ = script("unlearn", *arguments, "--out", "stopped")
-    assert status == 130 and "--resume stopped" in said
-    assert script("unlearn", "--resume", "stopped")[0] == 0
-    assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
-
-
-@pytest.mark.parametrize("flags", [("--superfactor", 9), ("--grad-ratio", 0.5, "--draw-x", "all")], ids=["one pass", "by norms"])
-def test_a_ceiling_is_that_of_the_model_before_also_when_the_run_is_resumed(flags, script, tiny_checkpoint, tmp_path):
-    arguments = (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, *flags, "--lr", 0.01, "--precision", "fp32")
-    assert script("unlearn", *arguments, "--ceiling", 0.5, "--out", "whole")[0] == 0
-    assert script("unlearn", *arguments, "--ceiling", 0.5, "--out", "stopped", "--steps", 3)[0] == 0
-    assert script("unlearn", "--resume", "stopped", "--steps", 6)[0] == 0
-    assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
-    assert script("unlearn", *arguments, "--out", "without")[0] == 0
-    assert not same(tmp_path / "without/model.pt", tmp_path / "whole/model.pt")
-    base, data = checkpoint.load(tiny_checkpoint), training_set.mnist_with_tshirt("bundled")
-    tau = forgetting.look_alike_loss(base.model, base.schedule, data)
-    first, *rest = lines(tmp_path / "stopped/metrics.jsonl")
-    assert first["ceiling"] == pytest.approx((0.5 * tau[50::100]).tolist(), rel=1e-4)
-    assert not any("ceiling" in line for line in rest) and len(first["ceiling"]) == 10
-
-
-def test_the_average_does_not_keep_the_history_of_all_steps(script, tiny_checkpoint, monkeypatch):
-    lerp, remembered = torch._foreach_lerp_, []
-    monkeypatch.setattr(torch, "_foreach_lerp_", lambda averaged, *rest: (lerp(averaged, *rest), remembered.append(averaged[0].grad_fn)))
-    assert script("train_ddpm", *TINY_TRAIN, "--steps", 2)[0] == 0
-    assert script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--steps", 2, "--samples", 0)[0] == 0
-    assert remembered == [None] * 4
-
-
-def test_a_resumed_run_keeps_its_settings(script, tmp_path):
-    assert script("train_ddpm", *TINY_TRAIN, "--steps", 2, "--out", "a")[0] == 0
-    status, _, error = script("train_ddpm", "--resume", "a", "--lr", 5)
-    assert status == 2 and "--lr 0.001" in error
-    assert script("train_ddpm", "--resume", "a", "--steps", 3)[0] == 0
-    assert checkpoint.load(tmp_path / "a/model.pt").training["step"] == 3
-
-
-@pytest.mark.parametrize("name", ["train_ddpm", "unlearn"])
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(name, script, tiny_checkpoint, tmp_path, monkeypatch):
-    call, squared_error = iter(range(10**6)), losses.squared_error
-    broken = lambda *arguments: squared_error(*arguments) * (float("nan") if torch.is_grad_enabled() and next(call) >= 7 else 1)  # noqa: E731
-    monkeypatch.setattr(losses, "squared_error", broken)
-    arguments = TINY_TRAIN if name == "train_ddpm" else (*TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--method", "naive_deletion", "--steps", 20)
-    status, _, error = script(name, *arguments, "--save-every", 5, "--out", "a")
-    assert status == 1 and "step 8" in error and error.count("\n") == 1 and "nan" in error
-    kept = checkpoint.load(tmp_path / "a/model.pt")
-    assert kept.training["step"] == 5 and all(p.isfinite().all() for p in kept.model.parameters())
-
-
-def test_a_batch_in_which_hardly_an_image_counts_warns_once(script, tiny_checkpoint):
-    status, said, _ = script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--batch-size", 1, "--steps", 20, "--samples", 0)
-    assert status == 0 and said.count("warning") == 1 and "step 10: ess_keep is 1.0" in said
-    _, said, _ = script("unlearn", *TINY_UNLEARN, "--checkpoint", tiny_checkpoint, "--batch-size", 16, "--steps", 10, "--samples", 0)
-    assert "warning" not in said
+CPU = torch.device("cpu")
+SCHEDULE = NoiseSchedule.linear()
+TRAIN = ("--preset", "mnist-tiny", "--data-root", "bundled")
+QUICK = ("--samples", 0, "--draws", 1)
+FLAGS = "--steps 2 --batch-size 4 --lr 0.01 --seed 5 --precision fp32 --out run".split()
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    def fail(dataset):
-        os.makedirs(dataset.raw_folder)  # as torchvision does before it tries
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nno network")
-
-    monkeypatch.setattr(digits.MNIST, "download", fail)
+def unlearn(script, tiny_checkpoint):
+    """Run unlearn.py on the tiny model: unlearn("--steps", 3) -> (status, stdout, stderr)."""
+    return partial(script, "unlearn", "--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint)
 
 
-# What needs files; what the command line alone makes wrong is in test_command_line.py.
-WRONG = [
-    # script, arguments, words of the message
-    ("unlearn", ("--checkpoint", "nowhere.pt"), ["nowhere.pt", "no such"]),
-    ("unlearn", ("--checkpoint", "truncated.pt"), ["truncated.pt", "truncated"]),
-    ("unlearn", ("--checkpoint", "foreign.pt"), ["foreign.pt", "not a minisiss checkpoint"]),
-    ("unlearn", ("--checkpoint", "."), [".", "config.json"]),
-    ("unlearn", ("--checkpoint", "rgb.pt"), ["--checkpoint", "3×28×28", "1×28×28"]),
-    ("unlearn", ("--data-root", "nowhere"), ["--data-root nowhere", "MNIST/raw"]),
-    ("unlearn", ("--out", "holds-a-run"), ["holds-a-run", "File exists"]),
-    ("unlearn", ("--out", "foreign.pt"), ["foreign.pt", "File exists"]),
-    ("unlearn", ("--out", "foreign.pt/run"), ["foreign.pt/run"]),
-    ("unlearn", ("--memory-timesteps", "1000"), ["--memory-timesteps", "999"]),
-    ("unlearn", ("--resume", "nowhere"), ["nowhere", "holds no run"]),
-    ("unlearn", ("--method", "naive_deletion", "--ceiling", "1"), ["--ceiling 1", "naive_deletion has no use for it"]),
-    ("unlearn", ("--method", "erasediff", "--ceiling", "1"), ["--ceiling 1", "erasediff has no use for it"]),
-    ("unlearn", ("--method", "retrack", "--draw-x", "all"), ["--draw-x all", "retrack has no use for it"]),
-    ("unlearn", ("--method", "neggrad", "--superfactor", "9"), ["--superfactor 9", "neggrad has no use for it"]),
-    ("unlearn", ("--grad-ratio", "0.1"), ["--grad-ratio 0.1: --method unseen, the default of --preset mnist-small, has no use for it"]),
-    ("unlearn", ("--superfactor=0",), ["--superfactor 0.0: --method unseen, the default of --preset mnist-small, has no use for it"]),
-    ("unlearn", ("--method", "unseen", "--ceiling", "0"), ["--ceiling 0", "unseen has no use for it"]),
-    ("unlearn", ("--method", "siss_no_is", "--lam", "0.2"), ["--lam 0.2", "siss_no_is has no use for it"]),
-    ("unlearn", ("--method", "siss", "--neighbours", "3"), ["--neighbours 3", "siss has no use for it"]),
-    ("train_ddpm", ("--data-root", "nowhere"), ["--data-root nowhere", "bundled"]),
-    ("train_ddpm", (*TINY_TRAIN, "--image-size", "32"), ["--image-size"]),
-    ("train_ddpm", (*TINY_TRAIN, "--out", "holds-a-run"), ["holds-a-run"]),
-    ("train_ddpm", (*TINY_TRAIN, "--resume", "holds-a-run"), ["holds-a-run/config.json", "no"]),
-    ("eval", ("--checkpoint", "nowhere.pt"), ["nowhere.pt"]),
-    ("eval", ("--preset", "prompts"), ["--data prompts", "unlearn.py"]),
-    ("eval", ("--out", "holds-a-run"), ["holds-a-run"]),
+def assert_holds(path, model, average, equal):
+    """The checkpoint holds these weights, those that take the steps and those averaged."""
+    found = tensors_of(path)
+    for kind, network in (("weights", model), ("average", average)):
+        for name, value in network.state_dict().items():
+            assert equal(found[kind, name], value), (kind, name)
+
+
+def siss_with_s(model, old, digits):
+    return partial(losses.siss, model, schedule=SCHEDULE, lam=0.3), 3.0  # c = 1 + s
+
+
+def retrack(model, old, digits):
+    nearest = data.nearest_kept(digits, 3)
+    options = {"schedule": SCHEDULE, "retrack_weight": 0.2, "nearest": nearest}
+    return partial(beyond.retrack, model, **options), -1.0
+
+
+def old_targets(model, old, digits):
+    options = {"schedule": SCHEDULE, "lam": 0.3, "old_targets_weight": 7.0, "old": old}
+    return partial(beyond.old_targets, model, **options), -1.0
+
+
+STEPS = [  # the loss and c by hand, and flags that say the same. No number is a default.
+    (siss_with_s, "all", "--method siss --lam 0.3 --superfactor 2 --draw-x all"),
+    (retrack, "rest", "--method retrack --retrack-weight 0.2 --neighbours 3"),
+    (old_targets, "rest", "--method old_targets --lam 0.3 --old-targets-weight 7"),
 ]
 
 
-@pytest.mark.parametrize("name, arguments, words", WRONG, ids=[f"{row[0]} {' '.join(map(str, row[1]))}" for row in WRONG])
-def test_wrong_input_is_one_line_and_status_2(name, arguments, words, script, no_network, tiny_checkpoint, tmp_path):
-    (tmp_path / "truncated.pt").write_bytes(tiny_checkpoint.read_bytes()[:5000])
-    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
-    (tmp_path / "holds-a-run").mkdir()
-    (tmp_path / "holds-a-run/config.json").write_text("{}")
-    state = torch.load(tiny_checkpoint, weights_only=True)
-    state["config"]["image_channels"] = 3
-    for key, axis in (("conv_in.weight", 1), ("conv_out.weight", 0), ("conv_out.bias", 0)):
-        state["weights"][key] = state["weights"][key].repeat_interleave(3, dim=axis)
-    torch.save(state, tmp_path / "rgb.pt")
-    before = sorted(os.listdir(tmp_path))
+@pytest.mark.parametrize("by_hand, draw_x, typed", STEPS, ids=[row[0].__name__ for row in STEPS])
+def test_a_run_takes_the_steps_its_flags_say(by_hand, draw_x, typed, unlearn, tiny_unet):
+    """The loop by hand: bit for bit, so no set, number, order or seed can be another one."""
+    assert unlearn(*FLAGS, *typed.split(), *QUICK, "--ema", 0.25)[0] == 0
+    digits = data.mnist_with_tshirt("bundled", CPU)
+    model, average, old = copy.deepcopy(tiny_unet), copy.deepcopy(tiny_unet), tiny_unet
+    average.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    loss, c = by_hand(model, old, digits)
+    for number in (0, 1):
+        generator = data.step_generator(5, number, CPU)
+        batch = unlearning.draw_batch(digits, 4, SCHEDULE, generator, draw_x)
+        unlearning.step(loss, batch, c, optimizer)
+        unlearning.update_average(average, model, min(0.25, (1 + number) / (10 + number)))
+    assert_holds("run/model.pt", model, average, torch.equal)
 
-    if name != "train_ddpm" and "--checkpoint" not in arguments and "--resume" not in arguments:
-        arguments = (*arguments, "--checkpoint", tiny_checkpoint)
-    status, _, error = script(name, *arguments)
-    assert status == 2 and error.count("\n") == 1 and "Traceback" not in error, error
-    assert all(word in error for word in words), error
-    left = [entry for entry in sorted(os.listdir(tmp_path)) if entry not in before]
-    assert left == []
+
+@pytest.mark.parametrize("exclude", [[], ["--exclude-forget"]])
+def test_a_training_takes_the_steps_its_flags_say(exclude, script, tmp_path):
+    flags = ("--warmup", 4, "--ema", 0.15, *exclude)
+    status, said, _ = script("train_ddpm", *TRAIN, *FLAGS, *flags)
+    assert status == 0 and "unlearn.py --checkpoint run/model.pt" in said
+    torch.manual_seed(5)
+    model = UNet(UNetConfig(**TINY))
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0025, fused=True)
+    digits = data.mnist_with_tshirt("bundled", CPU)
+    images = digits.keep if exclude else digits.images
+    # A quarter of the peak; then half of it, half-way down the cosine. The decay rises.
+    for number, decay in ((0, 0.1), (1, 0.15)):
+        generator = data.step_generator(5, number, CPU)
+        x = data.to_float(images[torch.randint(len(images), (4,), generator=generator)])
+        timesteps = torch.randint(1000, (4,), generator=generator)
+        noise = torch.randn(x.shape, generator=generator)
+        optimizer.zero_grad()
+        losses.epsilon_matching(model, x, timesteps, noise, SCHEDULE).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        unlearning.update_average(average, model, decay)
+    near = partial(torch.allclose, rtol=1e-5, atol=1e-7)
+    assert_holds("run/model.pt", model, average, near)
+    records = ["config.json", "metrics.jsonl", "model.pt", "samples-000002.png"]
+    assert sorted(os.listdir("run")) == records and log_of(tmp_path / "run")[-1]["step"] == 2
+    Image.open("run/samples-000002.png").load()
+
+
+def test_an_unlearning_writes_pictures_and_results(unlearn, tmp_path):
+    status, said, _ = unlearn()
+    run = tmp_path / "runs/siss-1"
+    assert status == 0 and "eval.py runs/siss-1" in said and "runs/siss-1/before_after.png" in said
+    records = ["config.json", "forgetting.gif", "metrics.jsonl", "model.pt", "results.json"]
+    assert sorted(os.listdir(run)) == ["before_after.png", *records]
+    Image.open(run / "before_after.png").load()
+    assert Image.open(run / "forgetting.gif").n_frames == 3  # the looks at steps 0, 3 and 6
+    looks = [figures["step"] for figures in log_of(run) if "memory" in figures]
+    steps = [figures["step"] for figures in log_of(run) if "loss_keep" in figures]
+    assert (looks, steps) == ([0, 3, 6], [6])
+    assert unlearn("--steps", 1, *QUICK)[0] == 0
+    assert sorted(os.listdir(tmp_path / "runs")) == ["siss-1", "siss-2"]
+
+
+def stripes(width):
+    """A picture of black and white stripes, [28, 28] uint8."""
+    return torch.arange(28, dtype=torch.uint8)[:, None].expand(28, 28) // width % 2 * 255
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of five pictures, a.png to e.png."""
+    (tmp_path / "pictures").mkdir()
+    for width, name in enumerate("abcde", start=1):
+        Image.fromarray(stripes(width).numpy()).save(tmp_path / f"pictures/{name}.png")
+    return ("--data", "pictures", "--data-root", "pictures")
+
+
+def test_every_picture_to_forget_is_measured(script, unlearn, pictures, tmp_path):
+    """From training to results on a folder. One draw is too few for two pictures."""
+    assert script("train_ddpm", "--preset", "mnist-tiny", *pictures, "--steps", 2)[0] == 0
+    forget = ("--checkpoint", "runs/train-1", *pictures, "--forget", "b.png", "c.png")
+    assert unlearn(*forget, "--draws", 1, "--out", "run")[2] == ""
+    both = data.to_float(torch.stack([stripes(2), stripes(3)])[:, None]).unique(dim=0)
+    average = checkpoint.load("run/model.pt").model
+    back = metrics.noise_and_denoise(average, SCHEDULE, both, 500, seed=0)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    alike = metrics.similarity(back, both).mean().item()
+    assert results["after"]["memory, t = 500"] == pytest.approx(alike, abs=1e-4)
+
+
+def test_what_was_forgotten_before_is_warned_of(unlearn, pictures):
+    few = (*pictures, *QUICK, "--steps", 1)
+    assert unlearn(*few, "--forget", "b.png", "--out", "first")[2] == ""
+    few_more = (*few, "--checkpoint", "first", "--forget", "c.png")
+    _, _, error = unlearn(*few_more, "--out", "second")
+    assert error.count("\n") == 1 and "b.png was forgotten before" in error
+    assert checkpoint.load("second/model.pt").forgotten == ["b.png", "c.png"]
+    assert unlearn(*few, "--checkpoint", "second", "--forget", "c.png", "b.png")[2] == ""
+
+
+@pytest.fixture
+def own_row(monkeypatch):
+    """A loss of one's own, the row "mine" of the table: SISS, and in one step something happens."""
+
+    def add(step, action):
+        calls = itertools.count(1)
+
+        def mine(model, batch, schedule, lam):
+            if next(calls) == step:
+                action()
+            return losses.siss(model, batch, schedule, lam)
+
+        row = unlearning.Method(mine, unlearning.ratio_of_norms, ("lam",), ("grad_ratio",))
+        monkeypatch.setitem(unlearning.METHODS, "mine", row)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    yield add
+    signal.signal(signal.SIGHUP, before)
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+STOPS = [(3, signal.SIGINT), (4, signal.SIGHUP), (6, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("step, number", STOPS)
+def test_a_stopped_unlearning_resumed_equals_a_whole_one(
+        step, number, unlearn, script, own_row, tmp_path):
+    """The signal comes in a step with a look, in one without, and in the last."""
+    assert unlearn(*QUICK, "--out", "whole")[0] == 0
+    own_row(step, partial(send, number))
+    status, said, _ = unlearn(*QUICK, "--method", "mine", "--out", "stopped")
+    assert status == 128 + number and f"stopped at step {step}" in said
+    assert checkpoint.load("stopped/model.pt").made_by["steps"] == step
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.default_int_handler, signal.SIG_DFL]
+    assert script("unlearn", "--resume", "stopped")[0] == 0
+    assert same(tmp_path / "stopped/model.pt", tmp_path / "whole/model.pt")
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_it_at_once(unlearn, own_row, script):
+    own_row(3, partial(send, signal.SIGINT, signal.SIGINT))
+    status, said, error = unlearn(*QUICK, "--method", "mine", "--save-every", 2, "--out", "run")
+    assert (status, said) == (130, "") and "interrupted" in error
+    assert checkpoint.load("run/model.pt").made_by["steps"] == 2
+    assert script("unlearn", "--resume", "run")[0] == 0
+
+
+def test_nohup_keeps_a_run_going(unlearn, own_row):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    own_row(3, partial(send, signal.SIGHUP))
+    assert unlearn(*QUICK, "--method", "mine")[0] == 0
+
+
+def test_a_stopped_training_resumed_equals_a_whole_one(script, tmp_path):
+    """As a command: SIGTERM comes once there is a bar, and the command that is printed goes on."""
+    flags = (*TRAIN, "--steps", 60, "--batch-size", 2, "--seed", 3)
+    assert script("train_ddpm", *flags, "--out", "whole")[0] == 0
+    command = [sys.executable, str(ROOT / "train_ddpm.py"), *map(str, flags), "--out", "a run"]
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **options) as process:
+        for line in process.stderr:
+            if "/60" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        said, error = process.communicate()
+    assert process.returncode == 143, error
+    stopped = checkpoint.load("a run/model.pt").made_by["steps"]
+    assert f"stopped at step {stopped}" in said and 1 <= stopped < 60
+    python, name, *arguments = shlex.split(said.split("to go on: ")[1])
+    assert (python, name) == ("python", command[1])
+    assert script("train_ddpm", *arguments)[0] == 0
+    assert same(tmp_path / "a run/model.pt", tmp_path / "whole/model.pt")
+    assert log_of(tmp_path / "a run") == log_of(tmp_path / "whole")
+    assert [figures["step"] for figures in log_of(tmp_path / "whole")] == [50, 60]
+
+
+def test_other_data_does_not_resume_a_run(unlearn, script, pictures, tmp_path):
+    assert unlearn(*pictures, *QUICK, "--forget", "b.png", "--out", "run")[0] == 0
+    before = (tmp_path / "run/model.pt").read_bytes()
+    (tmp_path / "pictures/d.png").rename(tmp_path / "pictures/f.png")
+    status, _, error = script("unlearn", "--resume", "run")
+    assert status == 2 and error.count("\n") == 1 and "other data" in error
+    assert (tmp_path / "run/model.pt").read_bytes() == before
+    (tmp_path / "pictures/f.png").rename(tmp_path / "pictures/d.png")
+    (tmp_path / "pictures").rename(tmp_path / "moved")  # the same data, in another place
+    assert script("unlearn", "--resume", "run", "--data-root", "moved")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["unlearn", "train_ddpm"])
+def test_a_loss_of_nan_stops_a_run(name, script, tiny_checkpoint):
+    """One step at this rate, and the next has numbers that float32 does not hold."""
+    start = TRAIN
+    if name == "unlearn":
+        start = ("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--method", "neggrad")
+    status, said, error = script(name, *start, "--lr", 1e30, "--steps", 9, "--out", "run")
+    assert (status, said, error.count("\n")) == (1, "", 1)
+    assert "step 2: " in error and "run/model.pt is the last good checkpoint" in error
+    assert checkpoint.load("run/model.pt").made_by["steps"] == 0
+
+
+def test_a_model_without_finite_output_is_not_saved(script, tiny_checkpoint):
+    """Its weights are finite, but its samples would be black, and count as no T-shirts."""
+    flags = ("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--method", "neggrad")
+    status, _, error = script("unlearn", *flags, "--lr", 1e15, "--steps", 1, "--out", "run")
+    assert (status, error.count("\n")) == (1, 1) and "output of the model is not finite" in error
+    assert checkpoint.load("run/model.pt").made_by["steps"] == 0
+    assert "results.json" not in os.listdir("run")

@@ -1,1 +1,1 @@
-"""The experiments behind the figures: all runs, the benchmark, the training of the classifier."""
+"""The experiments behind the figures: the toy picture, the benchmark, and the study."""

@@ -1,0 +1,184 @@
+"""Training sets X with the forget set A ⊂ X, and the random draws from them."""
+
+import sys
+import zlib
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.transforms.functional import pil_to_tensor
+
+from minisiss.lab import ranks
+from minisiss.lab.cli import UserError
+from minisiss.lab.folder import ImageFolder
+from minisiss.schedule import NoiseSchedule
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUNDLED = "bundled"  # the --data-root that stands for the digits in assets/
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """X, with A at its end: images: [n, C, H, W] uint8, and the last k of them are A."""
+
+    images: Tensor | ImageFolder
+    k: int
+    name: str = "T-shirt"  # what is forgotten, in words
+
+    @property
+    def n(self) -> int:
+        return len(self.images)
+
+    @property
+    def keep(self) -> Tensor | ImageFolder:
+        """X∖A, [n−k, C, H, W] uint8."""
+        return self.images[: self.n - self.k]
+
+    @property
+    def forget(self) -> Tensor | ImageFolder:
+        """A, [k, C, H, W] uint8. A picture that stands in X several times is here as often."""
+        return self.images[self.n - self.k :]
+
+    def draw(self, part: str, size: int, generator: torch.Generator) -> Tensor:
+        """`size` images of "all" of X, of the "rest" X∖A or of "forget", A: float32 in [−1, 1]."""
+        images = {"all": self.images, "rest": self.keep, "forget": self.forget}[part]
+        return draw(images, size, generator)
+
+    def different_forgotten(self) -> Tensor:
+        """The pictures of A, each once: [number, C, H, W] float32 in [−1, 1]."""
+        return to_float(self.forget[torch.arange(self.k)]).unique(dim=0)
+
+    def fingerprint(self) -> int:
+        """A number that a resumed run knows its data by: of the names in a folder, or of all
+        bytes."""
+        if isinstance(self.images, ImageFolder):
+            return zlib.crc32("\n".join(self.images.names).encode(errors="surrogateescape"))
+        return zlib.crc32(self.images.cpu().contiguous().numpy())
+
+
+def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
+                      device: torch.device) -> TrainingSet:
+    """The training set that --data, --data-root and --forget name, on a device.
+
+    Raises UserError where it cannot be had, or where its images are not [C, H, W] = `image_shape`.
+    """
+    if ranks.rank() > 0:
+        ranks.from_rank_0(None)  # rank 0 may have to download first
+    if args.data == "pictures":
+        folder = ImageFolder(args.data_root, image_shape, args.forget, device)
+        data = TrainingSet(folder, len(args.forget), name=", ".join(args.forget[:3]))
+    elif args.forget:
+        raise UserError(f"--forget {args.forget[0]}: names a picture, and needs --data pictures")
+    elif args.data == "prompts":
+        raise UserError("--data prompts: is for unlearn.py")
+    else:
+        data = mnist_with_tshirt(args.data_root, device)
+    if ranks.rank() == 0:
+        ranks.from_rank_0(None)
+    if getattr(args, "exclude_forget", False) and not data.k:
+        raise UserError("--exclude-forget: name the pictures to leave out with --forget")
+    if data.images.shape[1:] != image_shape:
+        has, makes = tuple(data.images.shape[1:]), tuple(image_shape)
+        words = f"has images {has}, the network makes {makes}"
+        raise UserError(f"--data-root {args.data_root}: {words}")
+    return data
+
+
+def note_forgotten_before(data: TrainingSet, names: set[str]) -> None:
+    """Say on stderr which pictures would be trained in again: a model has forgotten them before."""
+    if not isinstance(data.images, ImageFolder) or ranks.rank() > 0:
+        return
+    for name in sorted(names.intersection(data.images.names)):
+        words = "was forgotten before, and is among the pictures to keep"
+        print(f"warning: {name} {words}; --forget it too, or remove it", file=sys.stderr)
+
+
+def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:
+    """MNIST's training digits, and one T-shirt as often as makes 1% of them (the paper, section 5).
+
+    The T-shirt is the first image of class 0 in Fashion-MNIST's training set.
+    """
+    tshirt = read_sheet("tshirt.png")
+    if root == BUNDLED:
+        digits = read_sheet("digits.png")
+    else:
+        digits = from_torchvision(MNIST, root).data[:, None]
+        fashion = from_torchvision(FashionMNIST, root)
+        if not tshirt.equal(fashion.data[fashion.targets == 0][:1, None]):  # MNIST's names are the same
+            raise UserError(f"{root}/FashionMNIST/raw: holds other files than those of Fashion-MNIST")
+    k = len(digits) // 100
+    return TrainingSet(torch.cat([digits, tshirt.expand(k, -1, -1, -1)]).to(device), k)
+
+
+def from_torchvision(kind: type[MNIST], root: str, train: bool = True) -> MNIST:
+    """A data set of torchvision's, downloaded where `root` lacks it. Raises UserError."""
+    try:
+        return kind(root, train=train, download=True)
+    except Exception as error:  # torchvision's readers have no exception of their own
+        raw = f"{root}/{kind.__name__}/raw"
+        raise UserError(
+            f"--data-root {root}: no readable {kind.__name__}, and no download ({error}); "
+            f"put its four IDX files in {raw}, or use --data-root {BUNDLED}"
+        ) from error
+
+
+def read_sheet(name: str) -> Tensor:
+    """The 28×28 pictures of a sheet in assets/, row by row: [N, 1, 28, 28] uint8."""
+    sheet = pil_to_tensor(Image.open(ASSETS / name))
+    return rearrange(sheet, "1 (row h) (column w) -> (row column) 1 h w", h=28, w=28)
+
+
+def draw_training_batch(images: Tensor | ImageFolder, size: int, schedule: NoiseSchedule,
+                        generator: torch.Generator) -> Namespace:
+    """What one step of training needs: x [B, C, H, W] in [−1, 1], timesteps [B], noise."""
+    x = draw(images, size, generator)
+    timesteps = torch.randint(len(schedule), (size,), generator=generator, device=x.device)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    return Namespace(x=x, timesteps=timesteps, noise=noise)
+
+
+def nearest_kept(data: TrainingSet, count: int) -> Callable[[Tensor], Tensor]:
+    """For ReTrack: a function from images a of A, [B, C, H, W], to the `count` images of X∖A that
+    are nearest to each, [B, count, C, H, W] in [−1, 1]. X∖A is read once."""
+    keep, forgotten = data.keep, data.different_forgotten()
+    distances = []
+    for part in torch.arange(len(keep)).split(256):
+        distances.append(torch.cdist(forgotten.flatten(1), to_float(keep[part]).flatten(1)))
+    places = torch.cat(distances, dim=1).topk(min(count, len(keep)), largest=False).indices
+    points = torch.stack([to_float(keep[row]) for row in places])
+
+    def nearest(a: Tensor) -> Tensor:
+        return points[torch.cdist(a.flatten(1), forgotten.flatten(1)).argmin(dim=1)]
+
+    return nearest
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0 … 255 to float32 in [−1, 1], the range that the network works in."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [−1, 1] to uint8 in 0 … 255, rounded; what lies outside is clamped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def draw(images: Tensor | ImageFolder, size: int, generator: torch.Generator) -> Tensor:
+    """`size` of the images, uniform and with replacement: [size, C, H, W] float32 in [−1, 1]."""
+    places = torch.randint(len(images), (size,), generator=generator, device=images.device)
+    return to_float(images[places])
+
+
+def step_generator(seed: int, step: int | str, device: torch.device | str) -> torch.Generator:
+    """The randomness of one step, a function of (seed, step) alone.
+
+    So a run that is stopped and resumed draws what it would have drawn, with no random state to
+    store.
+    """
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{step}".encode()))

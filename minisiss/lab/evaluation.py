@@ -1,0 +1,187 @@
+"""Every figure of a model, as eval.py and unlearn.py print them, and the table of many models."""
+
+import math
+import re
+from argparse import Namespace
+from pathlib import Path
+from statistics import mean, median_high, stdev
+
+import torch
+from torch import Tensor
+
+from minisiss.lab import metrics
+from minisiss.lab.cli import UserError
+from minisiss.lab.data import TrainingSet, draw, step_generator, to_float
+from minisiss.lab.pictures import aligned
+from minisiss.schedule import Model, NoiseSchedule
+
+KEPT = 64  # kept pictures whose memory is measured
+Figures = dict[str, float]  # by their titles in the table
+
+
+class Evaluation:
+    """Measures models on the same noise. Raises UserError where there is nothing to forget.
+
+    After a call of `figures`, `samples` and `back` have what was looked at, and `features` the
+    moments of the samples' features, for digits.
+    """
+
+    def __init__(self, args: Namespace, data: TrainingSet, device: torch.device) -> None:
+        if not data.k:
+            raise UserError("--forget: name the pictures to forget")
+        self.args, self.data, self.device = args, data, device
+        self.is_mnist = args.data == "mnist"
+        self.middle = median_high(args.memory_timesteps)
+        different = data.different_forgotten()
+        count = max(args.draws, len(different))  # every picture to forget is measured
+        self.originals = {"memory": different.repeat(-(-count // len(different)), 1, 1, 1)[:count]}
+        if not self.is_mnist:  # a model of few pictures remembers the others too
+            first = torch.arange(min(KEPT, len(data.keep)))
+            self.originals["kept"] = to_float(data.keep[first])
+        load = metrics.load_torchscript
+        self.sscd = load("--sscd", getattr(args, "sscd", None), device)
+        self.inception = load("--inception", getattr(args, "inception", None), device)
+
+    def figures(self, model: Model, schedule: NoiseSchedule, title: str) -> Figures:
+        """What a model samples, and what it brings back of the pictures to forget."""
+        self.samples = self.sample(model, schedule, list(range(self.args.samples)), title)
+        self.features = None
+        found = self.of_samples() if len(self.samples) else {}
+        self.back: dict[tuple[str, int], Tensor] = {}
+        for name, originals in self.originals.items():
+            for t in self.args.memory_timesteps:
+                back = self.recall(model, schedule, originals, t)
+                found[f"{name}, t = {t}"] = metrics.similarity(back, originals).mean().item()
+                self.back[name, t] = back
+            back = self.back[name, self.middle]
+            found[f"{name} in dB, t = {self.middle}"] = metrics.psnr(back, originals).mean().item()
+            if self.sscd and name == "memory":
+                alike = metrics.copy_similarity(self.sscd, back, originals)
+                found["SSCD"] = alike.mean().item()
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def sample(self, model: Model, schedule: NoiseSchedule, places: list[int],
+               title: str) -> Tensor:
+        """The samples at these places, [N, C, H, W] in [−1, 1], on the CPU."""
+        args, shape = self.args, tuple(self.data.images.shape[1:])
+        return metrics.draw_samples(
+            model, schedule, places, shape, args.seed, args.sampling_steps, title)
+
+    def recall(self, model: Model, schedule: NoiseSchedule, originals: Tensor, t: int) -> Tensor:
+        """What comes back of images that were noised to a timestep: [N, C, H, W]."""
+        return metrics.noise_and_denoise(model, schedule, originals, t, self.args.seed)
+
+    def real_figures(self) -> Figures:
+        """The scores that as many real digits have: what samples can be at best."""
+        if not self.is_mnist or len(self.samples) < metrics.LEAST:
+            return {}
+        generator = step_generator(self.args.seed, 0, self.device)
+        digits = draw(self.data.keep, len(self.samples), generator).cpu()
+        return metrics.quality(digits, torch.zeros(len(digits), dtype=torch.bool))[0]
+
+    def copies(self) -> Tensor:
+        """Which samples are the T-shirt: [N] bool. Among other pictures none is looked for."""
+        if not self.is_mnist:
+            return torch.zeros(len(self.samples), dtype=torch.bool)
+        return metrics.is_copy(self.samples, self.originals["memory"][:1].cpu())
+
+    def of_samples(self) -> Figures:
+        """How many samples are the T-shirt, and how good the others are."""
+        found, copies, count = {}, self.copies(), len(self.samples)
+        if self.is_mnist:
+            found["T-shirts"] = copies.float().mean().item()
+            found["at most (95%)"] = metrics.wilson_interval(int(copies.sum()), count)[1]
+            if count >= metrics.LEAST + copies.sum():
+                quality, self.features = metrics.quality(self.samples, copies)
+                found |= quality
+        if self.inception:
+            real = draw(self.data.keep, count, step_generator(self.args.seed, 0, self.device))
+            both = self.samples.to(self.device), real
+            features = [metrics.inception_features(self.inception, images) for images in both]
+            found["FID"] = metrics.frechet_distance(*map(metrics.moments, features))
+        return found
+
+
+# Settings in which the runs of a row may differ.
+INCIDENTAL = {"seed", "device", "precision", "compile", "save_every", "data_root"}
+PER_CENT = {"T-shirts", "at most (95%)"}
+
+
+def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
+    """The rows, by their labels: runs NAME-0, NAME-1, … that have the same settings but for the
+    seed.
+
+    made_by: what made each run, by its name.
+    """
+    together: dict[tuple[str, str], list[str]] = {}
+    for name, made in made_by.items():
+        settings = made.get("settings", {"name": name}).items()
+        same = sorted((key, str(value)) for key, value in settings if key not in INCIDENTAL)
+        stem = re.sub(r"-\d+$", "", name)
+        together.setdefault((stem, str(same)), []).append(name)
+    stems = [stem for stem, _ in together]
+    rows = {}
+    for (stem, _), names in together.items():
+        alone = len(names) == 1 or stems.count(stem) > 1  # then full names tell the rows apart
+        rows[", ".join(names) if alone else stem] = names
+    return rows
+
+
+def table(made_by: dict[str, dict], figures: dict[str, Figures]) -> str:
+    """The table in Markdown: mean ± standard deviation over the runs, — where a run has no
+    figure."""
+    columns = {title: None for found in figures.values() for title in found}
+    lines = [["", "runs", "steps", *columns]]
+    for label, names in rows_of(made_by).items():
+        line = [label, str(len(names)), str(made_by[names[0]].get("steps", "—"))]
+        for title in columns:
+            line.append(cell(title, [figures[name].get(title) for name in names]))
+        lines.append(line)
+    return aligned(lines)
+
+
+def cell(title: str, values: list[float | None]) -> str:
+    """Mean ± standard deviation, in three digits or per cent."""
+    if None in values:
+        return "—"
+    form = ".2%" if title in PER_CENT else "#.3g"
+    spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
+
+
+def add_distances(made_by: dict[str, dict], figures: dict[str, Figures], features: dict) -> None:
+    """Add the Fréchet distance of each run's samples to those of the models retrained without A.
+
+    features: by run the moments of its samples.
+    """
+    for name, own in features.items():
+        distances = []
+        for other, theirs in features.items():
+            retrained = made_by[other].get("settings", {}).get("exclude_forget")
+            if retrained and other != name:
+                distances.append(metrics.frechet_distance(own, theirs))
+        if distances:
+            figures[name]["to retrained"] = mean(distances)
+
+
+def save_tradeoff(path: Path, made_by: dict[str, dict], figures: dict[str, Figures]) -> None:
+    """A point per run: the Fréchet distance of its samples over the memory of the T-shirt."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"No {path.name}: it needs matplotlib (pip install matplotlib)")
+        return
+    picture = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = picture.subplots()
+    for label, names in rows_of(made_by).items():
+        points = []
+        for run in (figures[name] for name in names):
+            memory = [value for title, value in run.items() if title.startswith("memory")]
+            if memory and "Fréchet distance" in run:
+                points.append((memory[0], run["Fréchet distance"]))
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", label=label)
+    axes.set(xlabel="memory of the picture to forget", ylabel="Fréchet distance", yscale="log")
+    if axes.lines:
+        axes.legend(fontsize=8)
+    picture.savefig(path)

@@ -1,0 +1,275 @@
+"""What is measured: how much is remembered, and how good samples are. Functions on tensors."""
+
+import math
+import warnings
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minisiss.lab import files, ranks
+from minisiss.lab.cli import UserError
+from minisiss.lab.data import ASSETS, draw, step_generator, to_float, to_uint8
+from minisiss.lab.folder import ImageFolder
+from minisiss.losses import epsilon_matching
+from minisiss.sampling import denoise_from
+from minisiss.schedule import Model, NoiseSchedule
+from minisiss.unlearning import sum_over_ranks
+
+TSHIRT_DISTANCE = 10.0  # the paper's criterion, for 28×28 pixels
+SPLITS = 10  # of an inception score
+LEAST = 100  # samples: of fewer, inception score and Fréchet distance say nothing
+BATCH = 64  # samples that are drawn at a time
+Moments = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D] of features, float64 on the CPU
+
+# Of the next three: images [B, C, H, W] and original [1 or B, C, H, W], both in [−1, 1].
+
+
+def is_copy(images: Tensor, original: Tensor, distance: float = TSHIRT_DISTANCE) -> Tensor:
+    """Which images lie within an L2 distance of the original, pixels in [0, 1]: [B] bool (section
+    5)."""
+    return ((images - original) / 2).flatten(1).norm(dim=1) < distance
+
+
+def similarity(images: Tensor, original: Tensor) -> Tensor:
+    """Cosine similarity of the pixels in [0, 1]: [B]. Two digits have about 0.4, a copy has 1."""
+    return F.cosine_similarity((images + 1).flatten(1), (original + 1).flatten(1))
+
+
+def psnr(images: Tensor, original: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB: [B]. From about 30 dB on two pictures look the same."""
+    mean_square = ((images - original) / 2).square().flatten(1).mean(dim=1)
+    return -10 * mean_square.clamp(min=1e-10).log10()
+
+
+def noise_and_denoise(model: Model, schedule: NoiseSchedule, originals: Tensor, timestep: int,
+                      seed: int, steps: int = 25) -> Tensor:
+    """Noise images to a timestep and denoise them: a model that remembers an image brings it back.
+
+    originals: [N, C, H, W] in [−1, 1], also one image N times. Returns the denoised images. The
+    noise is a function of seed and timestep, the same for every model.
+    """
+    generator = step_generator(seed, timestep, originals.device)
+    noise = torch.randn(originals.shape, generator=generator, device=originals.device)
+    timesteps = torch.full((len(originals),), timestep, device=originals.device)
+    noisy = schedule.add_noise(originals, noise, timesteps)
+    return denoise_from(model, schedule, noisy, timestep, steps=steps, generator=generator)
+
+
+@torch.inference_mode()
+def denoising_loss(model: Model, schedule: NoiseSchedule, images: Tensor | ImageFolder,
+                   count: int) -> float:
+    """L_S on a set S, from `count` images drawn of it, at timesteps spread evenly.
+
+    images: [N, C, H, W] uint8. The draws and the noise are the same for every model.
+    """
+    device = images.device
+    generator = step_generator(0, 0, device)
+    noise = torch.randn(count, *images.shape[1:], generator=generator, device=device)
+    x = draw(images, count, generator)
+    timesteps = torch.arange(count, device=device) * len(schedule) // count
+    return epsilon_matching(model, x, timesteps, noise, schedule).mean().item()
+
+
+def draw_samples(model: Model, schedule: NoiseSchedule, places: list[int],
+                 image_shape: tuple[int, int, int], seed: int, steps: int,
+                 title: str = "sampling") -> Tensor:
+    """Draw a sample per place by DPM-Solver++: [N, C, H, W] in [−1, 1], in grey levels, on the CPU.
+
+    Each sample begins at noise of its own, a function of seed and place: every model has the same
+    noise, and any sample can be drawn again. Under torchrun the ranks take turns at the batches.
+    """
+    device = schedule.gamma.device
+    samples = torch.zeros(len(places), *image_shape, dtype=torch.uint8, device=device)
+    starts = range(0, len(places), BATCH)[ranks.rank() :: ranks.size()]
+    for start in tqdm(starts, desc=title, unit="batch", leave=False):
+        batch = slice(start, start + BATCH)
+        noise = noise_at(places[batch], image_shape, seed, device)
+        last = len(schedule) - 1
+        drawn = denoise_from(model, schedule, noise, last, steps=steps, eta=0.0, order=2)
+        samples[batch] = to_uint8(drawn)
+    sum_over_ranks([samples])
+    return to_float(samples.cpu())
+
+
+def noise_at(places: list[int], image_shape: tuple[int, int, int], seed: int,
+             device: torch.device) -> Tensor:
+    """The noise that the samples at these places begin at: [N, C, H, W]."""
+    drawn = {}
+    for place in places:
+        number = place // BATCH
+        if number not in drawn:
+            generator = step_generator(seed, number, device)
+            drawn[number] = torch.randn(BATCH, *image_shape, generator=generator, device=device)
+    return torch.stack([drawn[place // BATCH][place % BATCH] for place in places])
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a rate that is honest near 0 and 1 too (Wilson 1927)."""
+    rate = successes / trials
+    centre = rate + z**2 / (2 * trials)
+    spread = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
+    scale = 1 + z**2 / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def inception_score(probabilities: Tensor, splits: int = SPLITS) -> float:
+    """exp E_x KL(p(y|x) ‖ p(y)), the mean over splits (Salimans et al. 2016, section 4).
+
+    It lies between 1, where every image has the same p(y|x), and the number of classes, where every
+    image is surely of one class and the classes are equally frequent. p(y) is the mean of a split.
+
+    probabilities: [N, classes], p(y|x) of each sample. Raises ValueError when N < splits.
+    """
+    if len(probabilities) < splits:
+        raise ValueError(f"an inception score over {splits} splits, of {len(probabilities)} images")
+    scores = []
+    for p in probabilities.cpu().double().tensor_split(splits):
+        marginal = p.mean(dim=0)  # p(y)
+        divergence = (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1)  # 0 log 0 = 0
+        scores.append(divergence.mean().exp())
+    return torch.stack(scores).mean().item()
+
+
+def moments(features: Tensor) -> Moments:
+    """Mean and covariance (divisor N − 1) of features [N, D]. Raises ValueError unless N ≥ 2."""
+    if len(features) < 2:
+        raise ValueError(f"a covariance of {len(features)} features")
+    features = features.cpu().double()
+    return features.mean(dim=0), torch.atleast_2d(torch.cov(features.T))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of two sets of features (Heusel et al. 2017, eq.
+    6).
+
+    The squared 2-Wasserstein distance of the Gaussians with these moments. Σ_a Σ_b has the
+    eigenvalues of the symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of their
+    roots.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # Σ_a^½
+    eigenvalues = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)
+    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()  # rounding makes some of 0 negative
+    squared_means = (mean_a - mean_b).square().sum()
+    return (squared_means + cov_a.trace() + cov_b.trace() - 2 * trace_of_root).item()
+
+
+class DigitClassifier(nn.Module):
+    """p(digit | image): called as `classifier(images [B, 1, 28, 28] in [−1, 1]) -> logits [B,
+    10]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(in_channels: int, out_channels: int, *pool: nn.Module) -> list[nn.Module]:
+            convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+            return [convolution, *pool, nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+        halve = nn.MaxPool2d(2)  # 28 → 14 → 7 → 3 pixels
+        self.body = nn.Sequential(
+            *block(1, 24, halve),
+            *block(24, 48, halve),
+            *block(48, 48),
+            *block(48, 96, halve),
+            nn.Flatten(),
+            nn.Linear(96 * 3 * 3, 128),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images))
+
+
+@cache
+def load_classifier() -> tuple[DigitClassifier, Moments]:
+    """The bundled classifier, and the moments of its features of MNIST's 10,000 test digits."""
+    state = files.read_tensors(ASSETS / "digit-classifier.pt")
+    classifier = DigitClassifier()
+    classifier.load_state_dict(state["weights"])
+    return classifier.eval().requires_grad_(False), tuple(state["test_moments"])
+
+
+@torch.inference_mode()
+def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [N, 128], those of the last hidden layer, and probabilities [N, 10] of the digits.
+
+    images: [N, 1, 28, 28] in [−1, 1], on the CPU.
+    """
+    classifier, _ = load_classifier()
+    features = torch.cat([classifier.body(batch) for batch in images.split(500)])
+    return features, classifier.head(features).softmax(dim=1)
+
+
+def quality(samples: Tensor, left_out: Tensor) -> tuple[dict[str, float], Moments]:
+    """Inception score, and Fréchet distance to real digits, of the samples that are not left out.
+
+    samples: [N, 1, 28, 28]; left_out: [N] bool, the T-shirts. Also returns the moments of the
+    features of all samples. Raises ValueError for fewer than 10 that are not left out.
+    """
+    features, probabilities = classify(samples)
+    _, real = load_classifier()
+    distance = frechet_distance(moments(features[~left_out]), real)
+    score = inception_score(probabilities[~left_out])
+    return {"inception score": score, "Fréchet distance": distance}, moments(features)
+
+
+SOURCES = {  # of the networks of users
+    "--sscd": "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
+    "--inception": "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+                   "inception-2015-12-05.pt",
+}
+
+
+def load_torchscript(flag: str, path: str | None, device: torch.device) -> nn.Module | None:
+    """Read a user's network. A TorchScript file is a program, and loading it runs it.
+
+    Raises UserError, with where to get it.
+    """
+    if path is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would rather have torch.export
+            return torch.jit.load(path, map_location=device).eval()
+    except Exception as error:  # a damaged file can fail anywhere
+        raise UserError(f"{flag} {path}: is no TorchScript file; get {SOURCES[flag]}") from error
+
+
+@torch.inference_mode()
+def descriptors(network: nn.Module, images: Tensor) -> Tensor:
+    """Unit vectors [N, D] that lie close for copies of one picture (SSCD: Pizzi et al. 2022).
+
+    As SSCD was trained: the shorter side has 288 pixels, and colours are normalised by ImageNet's
+    mean and deviation. images: [N, 1 or 3, H, W] in [−1, 1].
+    """
+    mean = images.new_tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    std = images.new_tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    size = [round(288 / min(images.shape[2:]) * side) for side in images.shape[2:]]
+    vectors = []
+    for batch in images.expand(-1, 3, -1, -1).split(32):
+        pixels = F.interpolate((batch + 1) / 2, size=size, mode="bilinear", antialias=True)
+        vectors.append(F.normalize(network((pixels - mean) / std), dim=1))
+    return torch.cat(vectors)
+
+
+def copy_similarity(network: nn.Module, images: Tensor, originals: Tensor) -> Tensor:
+    """Cosine similarity of the descriptors, [B]. Above 0.5 it is a copy (Somepalli et al. 2023)."""
+    return (descriptors(network, images) * descriptors(network, originals)).sum(dim=1)
+
+
+@torch.inference_mode()
+def inception_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Features [N, D] of images [N, 1 or 3, H, W] in [−1, 1], for the FID (Heusel et al. 2017).
+
+    network: called as `network(uint8 images [B, 3, H, W], return_features=True)`; it resizes by
+    itself, as the file of Karras et al. (2020) does.
+    """
+    features = []
+    for batch in images.split(32):
+        features.append(network(to_uint8(batch).expand(-1, 3, -1, -1), return_features=True))
+    return torch.cat(features)

@@ -1,0 +1,72 @@
+"""The device, and one run on several: `torchrun --nproc-per-node N unlearn.py …`.
+
+Every process, or rank, runs the whole script and makes the same random draws. It computes its share
+of a batch, and `unlearning.step` adds the gradients up. Rank 0 alone speaks and writes files.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minisiss.lab.cli import UserError
+
+
+def start(name: str, batch_size: int = 0) -> torch.device:
+    """The device called `name`; under torchrun this also joins the other ranks.
+
+    "auto" is a GPU where there is one, and under torchrun a GPU per rank. Raises UserError for a
+    device that cannot be used, and for a batch that the ranks cannot share equally.
+    """
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if launched and name.startswith("cuda"):
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: cannot be used on this machine ({error})") from error
+    if launched:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # Longer than rank 0 takes for a download.
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        if batch_size % size():
+            words = "is not divisible by the number of processes"
+            raise UserError(f"--batch-size {batch_size}: {words}, {size()}")
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_rank_0(value: Any) -> Any:
+    """The value that rank 0 has."""
+    values = [value]
+    if size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' numbers."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return max(values)
+
+
+def leave() -> None:
+    """Part from the other ranks at the end of a run that went well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

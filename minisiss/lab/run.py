@@ -1,0 +1,188 @@
+"""A run: its directory, its log, its checkpoints, and the loop over its steps.
+
+A run that is stopped or killed and then resumed ends as if nothing had happened, bit for bit on a
+CPU: a checkpoint has all of its state, and the random draws of a step are a function of seed and
+step.
+"""
+
+import itertools
+import json
+import shlex
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minisiss.lab import checkpoint, files, ranks
+from minisiss.lab.checkpoint import Checkpoint
+from minisiss.lab.cli import UserError
+from minisiss.lab.data import TrainingSet
+from minisiss.schedule import NoiseSchedule
+from minisiss.unet import UNet
+
+
+class Run:
+    """The steps from where a run is to its last:
+
+        with Run(…) as run:
+            for step in run:
+                …                       # draw, step, average
+                if run.due(10):
+                    run.log(figures)
+
+    It saves when that is due, and after the step in which Ctrl-C, SIGTERM or SIGHUP comes; there it
+    ends. A second Ctrl-C ends it at once. Raises UserError where the directory cannot be made, or
+    where a run cannot be resumed.
+    """
+
+    def __init__(self, args: Namespace, model: UNet, average: UNet,
+                 optimizer: torch.optim.Optimizer, schedule: NoiseSchedule, data: TrainingSet,
+                 base: Checkpoint | None = None) -> None:
+        """model takes the steps; average is the average of its weights, which is looked at and
+        kept.
+
+        base: the checkpoint that an unlearning begins with.
+        """
+        self.args, self.model, self.average, self.optimizer = args, model, average, optimizer
+        self.name = getattr(args, "method", "train")
+        self.settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
+        forgotten = args.forget if base or args.exclude_forget else []
+        base = base or Checkpoint(model, schedule, made_by={})
+        self.kept = {"schedule": schedule, "memorised": base.memorised,
+                     "forgotten": [*base.forgotten, *forgotten]}
+        self.fingerprint = data.fingerprint()
+        self.start = self.step = 0  # steps taken when this process began, and now
+        self.seconds = 0.0  # spent in the steps
+        self.signal = self.status = 0  # the exit status of a run that was stopped: 128 + signal
+        self.out = Path(args.resume or ranks.from_rank_0(new_directory(args.out, self.name)))
+        self.path = self.out / "model.pt"
+        if args.resume and self.path.exists():
+            self.resume()
+        if ranks.rank() == 0:
+            write_json(self.out / "config.json", self.settings)
+            cut_log(self.out / "metrics.jsonl", self.start)
+
+    def resume(self) -> None:
+        """Take up the state in the checkpoint."""
+        found = checkpoint.load(self.path)
+        if found.training["fingerprint"] != self.fingerprint:
+            raise UserError(f"--resume {self.out}: that run began with other data")
+        self.average.load_state_dict(found.model.state_dict())
+        self.model.load_state_dict(found.training["weights"])
+        self.optimizer.load_state_dict(found.training["optimizer"])
+        self.start = self.step = found.made_by["steps"]
+        self.seconds = found.made_by["seconds"]
+
+    def save(self) -> None:
+        """Write model.pt, for use and for --resume."""
+        made_by = {"script": Path(sys.argv[0]).name, "settings": self.settings,
+                   "steps": self.step, "seconds": self.seconds}
+        training = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                    "fingerprint": self.fingerprint}
+        state = Checkpoint(self.average, made_by=made_by, training=training, **self.kept)
+        checkpoint.check_output(self.average, state.schedule)
+        if ranks.rank() == 0:
+            checkpoint.save(self.path, state)
+
+    def __enter__(self) -> "Run":
+        if self.step == 0:
+            self.save()
+        self.handlers = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+                self.handlers[number] = signal.signal(number, self.note_signal)
+        self.bar = tqdm(initial=self.step, total=self.args.steps, desc=self.name, unit="step")
+        return self
+
+    def note_signal(self, number: int, frame: object) -> None:
+        """Remember a signal until the step is done."""
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the steps, from 0. Within a step `self.step` counts it already."""
+        for step in range(self.start, self.args.steps):
+            began = time.perf_counter()
+            self.step = step + 1
+            yield step
+            self.seconds += time.perf_counter() - began
+            stop = ranks.largest(self.signal)  # one rank may have got it alone
+            if stop or self.due(self.args.save_every):
+                self.save()
+            self.bar.update()
+            if stop:
+                self.status = 128 + stop
+                return
+
+    def due(self, every: int) -> bool:
+        """Whether something is due that happens every so many steps, and after the last."""
+        return self.step % every == 0 or self.step == self.args.steps
+
+    def log(self, figures: dict[str, Tensor | float], shown: tuple[str, ...] = ()) -> None:
+        """Add a line to metrics.jsonl, and show some of its figures beside the bar."""
+        numbers = {name: float(figure) for name, figure in figures.items()}
+        self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in shown if name in numbers})
+        resumed_here = self.step == self.start > 0  # then this line is in the log already
+        if ranks.rank() == 0 and not resumed_here:
+            line = {"step": self.step, "seconds": self.seconds, **numbers}
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, FloatingPointError):
+            words = f"{self.path} is the last good checkpoint"
+            raise FloatingPointError(f"step {self.step}: {error}; {words}") from error
+        if self.status and not error:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.out)])
+            print(f"stopped at step {self.step}; to go on: {command}")
+
+
+def new_directory(out: str | None, name: str) -> Path | None:
+    """Make the directory of a new run: `out`, or the first free one of runs/name-1, runs/name-2, …
+
+    Rank 0 makes it. Two runs that start together never get the same. Raises UserError if `out`
+    exists.
+    """
+    if ranks.rank() > 0:
+        return None
+    for number in itertools.count(1):
+        path = Path(out or f"runs/{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError as error:
+            if out or not path.is_dir():
+                raise UserError(f"--out {path}: is there already") from error
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a readable JSON file, atomically."""
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    files.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def cut_log(path: Path, start: int) -> None:
+    """Drop the lines of metrics.jsonl past the step that a run is resumed from."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:  # a kill cut the line off
+            break
+        if step > start or start == 0:
+            break
+        kept.append(line)
+    files.write_atomically(path, lambda file: file.write("".join(kept).encode()))

@@ -1,1 +1,0 @@
-"""What is measured: how much is remembered, how good samples are, how likely a picture is."""

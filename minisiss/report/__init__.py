@@ -1,1 +1,0 @@
-"""What a run shows: tables, pictures, the comparison of runs."""

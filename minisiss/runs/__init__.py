@@ -1,1 +1,0 @@
-"""What a run leaves: its directory, its checkpoints, published weights; and reading files from strangers."""
