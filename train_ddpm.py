@@ -36,21 +36,22 @@ def main() -> int:
         keep = epsilon_matching(network, batch.x, batch.timesteps, batch.noise, schedule)
         return keep, 0 * keep
 
-    with Run(args, model, average, optimizer, schedule, training_set) as run:
-        for number in run:
-            generator = data.step_generator(args.seed, number, device)
+    with Run(args, model, average, optimizer, schedule, training_set) as this_run:
+        for taken in this_run:  # steps taken so far
+            generator = data.step_generator(args.seed, taken, device)
             batch = data.draw_training_batch(images, args.batch_size, schedule, generator)
-            optimizer.param_groups[0]["lr"] = learning_rate(number, args)
+            optimizer.param_groups[0]["lr"] = learning_rate(taken, args)
             figures = step(loss, batch, 0.0, optimizer)
-            update_average(average, model, early_decay(args.ema, number))
-            if run.due(50):
-                run.log({"loss": figures["loss_keep"]}, shown=("loss",))
-            if run.due(args.sample_every) and ranks.rank() == 0:
-                pictures.save_samples(run.out / f"samples-{run.step:06d}.png", average, schedule)
-    if not run.status:
-        print(f"done: {run.path}; next: python unlearn.py --checkpoint {run.path}")
+            update_average(average, model, early_decay(args.ema, taken))
+            if this_run.due(50):
+                this_run.log({"loss": figures["loss_keep"]}, shown=("loss",))
+            if this_run.due(args.sample_every) and ranks.rank() == 0:
+                path = this_run.out / f"samples-{this_run.step:06d}.png"
+                pictures.save_samples(path, average, schedule)
+    if not this_run.status:
+        print(f"done: {this_run.path}; next: python unlearn.py --checkpoint {this_run.path}")
     ranks.leave()
-    return run.status
+    return this_run.status
 
 
 def new_network(args: Namespace) -> Any:

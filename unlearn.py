@@ -39,22 +39,22 @@ def main() -> int:
         settings["nearest"] = data.nearest_kept(report.data, args.neighbours)
     loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
     optimizer = adamw(model, args.lr)
-    with Run(args, model, average, optimizer, base.schedule, report.data, base) as run:
+    with Run(args, model, average, optimizer, base.schedule, report.data, base) as this_run:
         report.before(network_old)
-        report.look(run, network_average)
-        for number in run:
-            generator = data.step_generator(args.seed, number, device)
+        report.look(this_run, network_average)
+        for taken in this_run:  # steps taken so far
+            generator = data.step_generator(args.seed, taken, device)
             batch = draw_batch(report.data, args.batch_size, base.schedule, generator, args.draw_x)
             figures = step(loss, batch, method.c_of(settings), optimizer, args.accumulate)
-            update_average(average, model, early_decay(args.ema, number))
-            if run.due(10):
-                run.log(figures, shown=("loss_keep", "loss_forget"))
-            if run.due(args.evaluate_every):
-                report.look(run, network_average)
-    if not run.status:
-        report.after(run, network_average)
+            update_average(average, model, early_decay(args.ema, taken))
+            if this_run.due(10):
+                this_run.log(figures, shown=("loss_keep", "loss_forget"))
+            if this_run.due(args.evaluate_every):
+                report.look(this_run, network_average)
+    if not this_run.status:
+        report.after(this_run, network_average)
     ranks.leave()
-    return run.status
+    return this_run.status
 
 
 def chosen_method(args: Namespace) -> Any:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The network ε_θ: (noisy images [B, C, H, W], timesteps [B]) -> the noise in them [B, C, H, W]
+# The network ε_θ: (noisy images [B, C, H, W], timesteps [B]) -> the noise in them [B, C, H, W].
+# A network with prompts takes a third argument; `sampling.guided` makes it a network of two.
 Model = Callable[[Tensor, Tensor], Tensor]
 
 

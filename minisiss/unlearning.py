@@ -70,7 +70,7 @@ def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Ru
             add_gradient(keep, parameters, g_keep, retain_graph=True)
             add_gradient(forget, parameters, g_forget)
         else:
-            add_gradient(keep - c * forget, parameters, g_keep)
+            add_gradient(keep - c * forget, parameters, g_keep)  # g itself
         means += torch.stack([keep.detach(), forget.detach()])
         del keep, forget  # with them goes the graph, before the next part makes its own
     sum_over_ranks([means, *g_keep, *g_forget])
