@@ -77,9 +77,10 @@ def parse_arguments() -> Namespace:
     add("--checkpoint", default="bundled", help="a model.pt, a published DDPM, or 'bundled'")
     add("--draw-x", choices=["all", "rest"], default="rest", help="x ~ X or x ~ X∖A")
     add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture (siss)")
-    add("--grad-ratio", type=number(float, 0), default=0.1, action=Instead, of="superfactor",
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--grad-ratio", type=number(float, 0), default=0.1, action=Instead, of="superfactor",
         help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖ (siss, siss_no_is)")
-    add("--superfactor", type=number(float, 0), action=Instead, of="grad_ratio",
+    either("--superfactor", type=number(float, 0), action=Instead, of="grad_ratio",
         help="s, in place of ρ: subtract s·k/(n−k)·L_A (siss, siss_no_is)")
     add("--erasediff-eta", type=number(float, 0), default=0.1, help="η (erasediff)")
     add("--retrack-weight", type=number(float, 0, 1), default=0.005, help="λ (retrack)")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, and the same everywhere
 os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the threads of several processes slow each other
 
 import pytest
 import torch

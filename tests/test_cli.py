@@ -50,6 +50,8 @@ WRONG = [
     ("unlearn", "--data pictures --data-root folder --forget c.png", ["c.png", "a.png"]),
     ("unlearn", "--forget a.png", ["--forget a.png", "--data pictures"]),
     ("unlearn", "--preset prompts --guidance 0", ["--guidance"]),  # the prompt would not count
+    ("unlearn", "--prompt zero", ["--prompt 'zero'", "--preset prompts"]),
+    ("unlearn", "--grad-ratio 1 --superfactor 0", ["not allowed with"]),
     ("eval", "--forget a.png folder", ["--forget folder", "name the runs before"]),
     ("unlearn", "--forget @nowhere.txt", ["nowhere.txt"]),
 ]
@@ -117,7 +119,6 @@ REPLACED = [  # typed, and then: ρ and s
     ("", (None, 9.0)),
     ("--grad-ratio 0.2", (0.2, None)),
     ("--superfactor 0", (None, 0.0)),
-    ("--grad-ratio 0.2 --superfactor 3", (None, 3.0)),
 ]
 
 

@@ -251,6 +251,8 @@ def test_other_data_does_not_resume_a_run(unlearn, script, pictures, tmp_path):
     assert status == 2 and error.count("\n") == 1 and "other data" in error
     assert (tmp_path / "run/model.pt").read_bytes() == before
     (tmp_path / "pictures/f.png").rename(tmp_path / "pictures/d.png")
+    status, _, error = script("unlearn", "--resume", "run", "--checkpoint", "bundled")
+    assert status == 2 and error.count("\n") == 1
     (tmp_path / "pictures").rename(tmp_path / "moved")  # the same data, in another place
     assert script("unlearn", "--resume", "run", "--data-root", "moved")[0] == 0
 

@@ -1,5 +1,6 @@
 """What unlearn.py shows: a model before and after, and what it remembers in between."""
 
+import shlex
 from argparse import Namespace
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from minisiss.lab import metrics, pictures, ranks
 from minisiss.lab.checkpoint import Checkpoint
+from minisiss.lab.cli import UserError
 from minisiss.lab.data import load_training_set, note_forgotten_before
 from minisiss.lab.evaluation import Evaluation, cell
 from minisiss.lab.run import Run, write_json
@@ -24,6 +26,8 @@ class BeforeAfter:
     def __init__(self, args: Namespace, base: Checkpoint, model: Model,
                  device: torch.device) -> None:
         """base: the checkpoint that the unlearning begins with; model: its network."""
+        if args.prompt:
+            raise UserError(f"--prompt '{args.prompt}': is for --preset prompts")
         self.args, self.schedule = args, base.schedule
         self.data = load_training_set(args, base.model.config.image_shape, device)
         self.evaluation = Evaluation(args, self.data, device)
@@ -61,10 +65,12 @@ class BeforeAfter:
         if ranks.rank() > 0:
             return
         real = evaluation.real_figures()
-        rows = [[f"forgetting: {self.data.name}", "before", "after", "real digits"]]
+        columns = {"before": self.figures_before, "after": figures}
+        if real:
+            columns["real digits"] = real
+        rows = [[f"forgetting: {self.data.name}", *columns]]
         for name in self.figures_before | figures:
-            row = [part.get(name) for part in (self.figures_before, figures, real)]
-            rows.append([name, *(cell(name, [value]) for value in row)])
+            rows.append([name, *(cell(name, [part.get(name)]) for part in columns.values())])
         write_json(run.out / "results.json", {"before": self.figures_before, "after": figures})
         timesteps, originals = self.args.memory_timesteps, evaluation.originals["memory"]
         page = pictures.samples_before_after(self.samples_before, evaluation.samples, self.copies)
@@ -75,4 +81,5 @@ class BeforeAfter:
         print(f"\n{pictures.aligned(rows)}\n")
         print(f"{run.step} steps of {self.args.method} took {run.seconds:.0f} s.")
         print(f"Look at {run.out}/before_after.png and forgetting.gif.")
-        print(f"Next: python eval.py {run.out}")
+        if evaluation.is_mnist:
+            print(f"Next: python eval.py {shlex.quote(str(run.out))}")

@@ -93,6 +93,12 @@ def load_any(name: str, device: torch.device | str = "cpu",
     return checkpoint
 
 
+def digest_of(model: UNet) -> int:
+    """A number that is the same for the same weights."""
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return zlib.crc32(weights.cpu().numpy())
+
+
 def find_models(names: list[str], device: torch.device,
                 timesteps: list[int]) -> tuple[dict[str, Checkpoint], list[UserError]]:
     """The models of finished runs, each model once, and what is wrong with the other names."""
@@ -111,8 +117,7 @@ def find_models(names: list[str], device: torch.device,
             first = next(iter(models.values()), found).model.config.image_shape
             if found.model.config.image_shape != first:
                 raise UserError(f"{name}: makes images of another size than the first model")
-            weights = torch.cat([p.detach().flatten() for p in found.model.parameters()])
-            digest = zlib.crc32(weights.cpu().numpy())
+            digest = digest_of(found.model)
             if digest in seen:
                 raise UserError(f"{name}: is the same model as {seen[digest]}, and counts once")
             seen[digest] = name
