@@ -7,7 +7,6 @@
 Runs that differ in nothing but their seed, and are named NAME-0, NAME-1, …, share a row.
 """
 
-import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ def main() -> int:
     from minisiss.lab import evaluation, ranks
     from minisiss.lab.checkpoint import find_models
     from minisiss.lab.data import load_training_set
-    from minisiss.lab.likelihood import bits_per_dimension
     from minisiss.lab.precision import at_precision
     from minisiss.lab.run import new_directory, write_json
 
@@ -38,12 +36,9 @@ def main() -> int:
         network = at_precision(found.model, device, args.precision, args.compile)
         made_by[name] = found.made_by
         figures[name] = judge.figures(network, found.schedule, name)
+        figures[name] |= judge.likelihood(found.model, found.schedule)
         if judge.features:
             features[name] = judge.features
-        original = judge.originals["memory"][:1]
-        bits = bits_per_dimension(found.model, found.schedule, original, seed=args.seed)
-        if math.isfinite(bits):
-            figures[name]["NLL, bits/dim"] = bits
     evaluation.add_distances(made_by, figures, features)
     if features:
         made_by["real digits"], figures["real digits"] = {}, judge.real_figures()

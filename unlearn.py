@@ -24,7 +24,6 @@ def main() -> int:
     from minisiss.lab.run import Run
     from minisiss.sampling import guided
     from minisiss.unlearning import draw_batch, early_decay, step, update_average
-
     method = chosen_method(args)
     device = ranks.start(args.device, args.batch_size)
     at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)

@@ -147,8 +147,7 @@ class UNet(nn.Module):
         super().__init__()
         config.check()
         self.config = config
-        channels = config.channels
-        last = len(channels) - 1
+        channels, last = config.channels, len(config.channels) - 1
         time_channels = 4 * channels[0]
 
         def make_block(in_channels: int, level: int) -> nn.ModuleList:

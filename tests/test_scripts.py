@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,7 +273,11 @@ def test_a_loss_of_nan_stops_a_run(name, script, tiny_checkpoint):
 def test_a_model_without_finite_output_is_not_saved(script, tiny_checkpoint):
     """Its weights are finite, but its samples would be black, and count as no T-shirts."""
     flags = ("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--method", "neggrad")
-    status, _, error = script("unlearn", *flags, "--lr", 1e15, "--steps", 1, "--out", "run")
-    assert (status, error.count("\n")) == (1, 1) and "output of the model is not finite" in error
-    assert checkpoint.load("run/model.pt").made_by["steps"] == 0
-    assert "results.json" not in os.listdir("run")
+    for every, words in ((1, "memory is nan"), (9, "output of the model is not finite")):
+        run = f"run-{every}"
+        look = ("--evaluate-every", every, "--steps", 2, "--save-every", 1, "--out", run)
+        status, _, error = script("unlearn", *flags, "--lr", 1e15, *look)
+        assert (status, error.count("\n")) == (1, 1) and words in error
+        assert checkpoint.load(f"{run}/model.pt").made_by["steps"] == 0
+        assert "results.json" not in os.listdir(run)
+        assert "NaN" not in Path(run, "metrics.jsonl").read_text()  # it is no JSON

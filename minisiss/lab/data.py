@@ -110,8 +110,9 @@ def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:
     else:
         digits = from_torchvision(MNIST, root).data[:, None]
         fashion = from_torchvision(FashionMNIST, root)
-        if not tshirt.equal(fashion.data[fashion.targets == 0][:1, None]):  # MNIST's names are the same
-            raise UserError(f"{root}/FashionMNIST/raw: holds other files than those of Fashion-MNIST")
+        if not tshirt.equal(fashion.data[fashion.targets == 0][:1, None]):  # MNIST's, perhaps
+            words = "holds other files than those of Fashion-MNIST"
+            raise UserError(f"{root}/FashionMNIST/raw: {words}")
     k = len(digits) // 100
     return TrainingSet(torch.cat([digits, tshirt.expand(k, -1, -1, -1)]).to(device), k)
 

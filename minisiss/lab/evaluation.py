@@ -12,6 +12,7 @@ from torch import Tensor
 from minisiss.lab import metrics
 from minisiss.lab.cli import UserError
 from minisiss.lab.data import TrainingSet, draw, step_generator, to_float
+from minisiss.lab.likelihood import bits_per_dimension
 from minisiss.lab.pictures import aligned
 from minisiss.schedule import Model, NoiseSchedule
 
@@ -70,6 +71,15 @@ class Evaluation:
     def recall(self, model: Model, schedule: NoiseSchedule, originals: Tensor, t: int) -> Tensor:
         """What comes back of images that were noised to a timestep: [N, C, H, W]."""
         return metrics.noise_and_denoise(model, schedule, originals, t, self.args.seed)
+
+    def likelihood(self, network: Model, schedule: NoiseSchedule) -> Figures:
+        """How likely the picture to forget is; nothing where a wrecked network gives no number.
+
+        network: in float32, and differentiable.
+        """
+        original = self.originals["memory"][:1]
+        bits = bits_per_dimension(network, schedule, original, seed=self.args.seed)
+        return {"NLL, bits/dim": bits} if math.isfinite(bits) else {}
 
     def real_figures(self) -> Figures:
         """The scores that as many real digits have: what samples can be at best."""

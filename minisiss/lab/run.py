@@ -7,6 +7,7 @@ step.
 
 import itertools
 import json
+import math
 import shlex
 import signal
 import sys
@@ -128,8 +129,14 @@ class Run:
         return self.step % every == 0 or self.step == self.args.steps
 
     def log(self, figures: dict[str, Tensor | float], shown: tuple[str, ...] = ()) -> None:
-        """Add a line to metrics.jsonl, and show some of its figures beside the bar."""
+        """Add a line to metrics.jsonl, and show some of its figures beside the bar.
+
+        Raises FloatingPointError for a figure that is not finite: a model gone to pieces.
+        """
         numbers = {name: float(figure) for name, figure in figures.items()}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value}")
         self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in shown if name in numbers})
         resumed_here = self.step == self.start > 0  # then this line is in the log already
         if ranks.rank() == 0 and not resumed_here:
