@@ -80,7 +80,7 @@ def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Ru
         c = c(g_keep, g_forget)
         figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
         for keep, forget in zip(g_keep, g_forget, strict=True):
-            keep -= c * forget  # noqa: PLW2901 (in place: there is no memory for a third gradient)
+            keep -= c * forget  # in place: a third gradient would take memory
     for parameter, g in zip(parameters, g_keep, strict=True):
         parameter.grad = g
     figures["c"] = torch.as_tensor(c, device=means.device)

@@ -191,7 +191,9 @@ def save_tradeoff(path: Path, made_by: dict[str, dict], figures: dict[str, Figur
                 points.append((memory[0], run["Fréchet distance"]))
         if points:
             axes.plot(*zip(*points, strict=True), "o", label=label)
-    axes.set(xlabel="memory of the picture to forget", ylabel="Fréchet distance", yscale="log")
+    axes.set(xlabel="memory at the first timestep", ylabel="Fréchet distance", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     if axes.lines:
         axes.legend(fontsize=8)
     picture.savefig(path)

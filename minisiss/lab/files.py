@@ -50,7 +50,6 @@ def plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Give a network on "meta" its weights. Raises RuntimeError for other names and shapes."""
     model.load_state_dict(weights, assign=True)
-    model.requires_grad_(True)
 
 
 def in_short(error: Exception) -> str:

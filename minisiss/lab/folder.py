@@ -30,15 +30,16 @@ class ImageFolder:
     def __init__(self, root: str, image_shape: tuple[int, int, int], forget: list[str],
                  device: torch.device | str = "cpu") -> None:
         """forget: names of pictures, which come last. Raises UserError as `find_pictures` and
-        `without_copies` do, and for a name that is not there, with the nearest."""
+        `refuse_copies` do, and for a name that is not there, with the nearest."""
         self.root, self.image_shape, self.device = Path(root), image_shape, torch.device(device)
-        names = find_pictures(self.root)
+        names, chosen = find_pictures(self.root), set(forget)
+        missing = chosen.difference(names)
         for name in forget:
-            if name not in names:
+            if name in missing:
                 near = ", ".join(difflib.get_close_matches(name, names, 3, cutoff=0))
                 raise UserError(f"--forget {name}: is not in {root}; the nearest are {near}")
-        kept = [name for name in names if name not in set(forget)]
-        if not kept or len(set(forget)) < len(forget):
+        kept = [name for name in names if name not in chosen]
+        if not kept or len(chosen) < len(forget):
             raise UserError("--forget: names a picture twice, or leaves none to keep")
         refuse_copies(self.root, kept, forget)
         self.names = [*kept, *forget]
