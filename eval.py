@@ -16,13 +16,12 @@ from minisiss.lab.cli import Parser, UserError, complain, run
 def main() -> int:
     args = parse_arguments()
     # These import torch, which takes seconds: the command line is checked first.
-    from minisiss.lab import evaluation, ranks
+    from minisiss.lab import evaluation, machine
     from minisiss.lab.checkpoint import find_models
     from minisiss.lab.data import load_training_set
-    from minisiss.lab.precision import at_precision
     from minisiss.lab.run import new_directory, write_json
 
-    device = ranks.start(args.device)
+    device = machine.start(args.device)
     models, errors = find_models(args.runs, device, args.memory_timesteps)
     for error in errors:  # a broken run does not stop the others
         complain(error)
@@ -30,10 +29,10 @@ def main() -> int:
         raise UserError("nothing to measure")
     shape = next(iter(models.values())).model.config.image_shape
     judge = evaluation.Evaluation(args, load_training_set(args, shape, device), device)
-    out = ranks.from_rank_0(new_directory(args.out, "eval"))
+    out = machine.from_rank_0(new_directory(args.out, "eval"))
     made_by, figures, features = {}, {}, {}
     for name, found in models.items():
-        network = at_precision(found.model, device, args.precision, args.compile)
+        network = machine.at_precision(device, args.precision, args.compile, found.model)
         made_by[name] = found.made_by
         figures[name] = judge.figures(network, found.schedule, name)
         figures[name] |= judge.likelihood(found.model, found.schedule)
@@ -42,14 +41,14 @@ def main() -> int:
     evaluation.add_distances(made_by, figures, features)
     if features:
         made_by["real digits"], figures["real digits"] = {}, judge.real_figures()
-    if ranks.rank() == 0:
+    if machine.rank() == 0:
         table = evaluation.table(made_by, figures)
         write_json(out / "results.json", {"made_by": made_by, "figures": figures})
         Path(out, "results.md").write_text(f"{table}\n", encoding="utf-8")
         print(f"\n{table}\n")
         evaluation.save_tradeoff(out / "tradeoff.png", made_by, figures)
         print(f"Written to {out}.")
-    ranks.leave()
+    machine.leave()
     return 2 if errors else 0
 
 

@@ -5,7 +5,6 @@
 """
 
 import copy
-import math
 from argparse import Namespace
 from typing import Any
 
@@ -16,21 +15,20 @@ from minisiss.lab.presets import PRESETS
 def main() -> int:
     args = parse_arguments()
     # These import torch, which takes seconds: the command line is checked first.
-    from minisiss.lab import data, pictures, ranks
-    from minisiss.lab.precision import adamw, at_precision
+    from minisiss.lab import data, machine, pictures
     from minisiss.lab.run import Run
     from minisiss.losses import epsilon_matching
     from minisiss.schedule import NoiseSchedule
-    from minisiss.unlearning import early_decay, step, update_average
+    from minisiss.unlearning import learning_rate, step, update_average
 
-    device = ranks.start(args.device, args.batch_size)
+    device = machine.start(args.device, args.batch_size)
     schedule = NoiseSchedule.linear().to(device)
     model = new_network(args).to(device)  # takes the steps
     average = copy.deepcopy(model).requires_grad_(False)  # of its weights: what is kept
-    network = at_precision(model, device, args.precision, args.compile)
+    network = machine.at_precision(device, args.precision, args.compile, model)
     training_set = data.load_training_set(args, model.config.image_shape, device)
     images = training_set.keep if args.exclude_forget else training_set.images
-    optimizer = adamw(model, args.lr)
+    optimizer = machine.adamw(model, args.lr)
 
     def loss(batch: Namespace) -> tuple:
         keep = epsilon_matching(network, batch.x, batch.timesteps, batch.noise, schedule)
@@ -40,17 +38,18 @@ def main() -> int:
         for taken in this_run:  # steps taken so far
             generator = data.step_generator(args.seed, taken, device)
             batch = data.draw_training_batch(images, args.batch_size, schedule, generator)
-            optimizer.param_groups[0]["lr"] = learning_rate(taken, args)
+            rate = learning_rate(taken, args.steps, args.lr, args.warmup)
+            optimizer.param_groups[0]["lr"] = rate
             figures = step(loss, batch, 0.0, optimizer)
-            update_average(average, model, early_decay(args.ema, taken))
+            update_average(average, model, args.ema, taken)
             if this_run.due(50):
                 this_run.log({"loss": figures["loss_keep"]}, shown=("loss",))
-            if this_run.due(args.sample_every) and ranks.rank() == 0:
+            if this_run.due(args.sample_every) and machine.rank() == 0:
                 path = this_run.out / f"samples-{this_run.step:06d}.png"
                 pictures.save_samples(path, average, schedule)
     if not this_run.status:
         print(f"done: {this_run.path}; next: python unlearn.py --checkpoint {this_run.path}")
-    ranks.leave()
+    machine.leave()
     return this_run.status
 
 
@@ -62,12 +61,6 @@ def new_network(args: Namespace) -> Any:
 
     torch.manual_seed(args.seed)
     return UNet(UNetConfig(**PRESETS[args.preset]["unet"]))
-
-
-def learning_rate(step: int, args: Namespace) -> float:
-    """Linear warm-up, then a cosine from the peak to zero at the last step."""
-    warmup = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-    return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
 
 def parse_arguments() -> Namespace:

@@ -11,22 +11,21 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
-from minisiss.lab.cli import Instead, Parser, UserError, decay, number, positive, positive_int, run
+from minisiss.lab.cli import Parser, UserError, decay, number, positive, positive_int, run
 
 
 def main() -> int:
     args = parse_arguments()
     # These import torch, which takes seconds: the command line is checked first.
-    from minisiss.lab import checkpoint, data, ranks
+    from minisiss.lab import checkpoint, data, machine
     from minisiss.lab.before_after import BeforeAfter
-    from minisiss.lab.precision import adamw, at_precision
     from minisiss.lab.prompted import Prompted
     from minisiss.lab.run import Run
     from minisiss.sampling import guided
-    from minisiss.unlearning import draw_batch, early_decay, step, update_average
+    from minisiss.unlearning import draw_batch, learning_rate, step, update_average
     method = chosen_method(args)
-    device = ranks.start(args.device, args.batch_size)
-    at = partial(at_precision, device=device, precision=args.precision, compiled=args.compile)
+    device = machine.start(args.device, args.batch_size)
+    at = partial(machine.at_precision, device, args.precision, args.compile)
     base = checkpoint.load_any(args.checkpoint, device, args.memory_timesteps)
     # One network takes the steps, one is the average of its weights, one stays as it was.
     model, average, old = base.model, copy.deepcopy(base.model), copy.deepcopy(base.model)
@@ -37,32 +36,35 @@ def main() -> int:
     if "nearest" in method.loss_takes:
         settings["nearest"] = data.nearest_kept(report.data, args.neighbours)
     loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
-    optimizer = adamw(model, args.lr)
+    optimizer = machine.adamw(model, args.lr)
     with Run(args, model, average, optimizer, base.schedule, report.data, base) as this_run:
         report.before(network_old)
         report.look(this_run, network_average)
         for taken in this_run:  # steps taken so far
             generator = data.step_generator(args.seed, taken, device)
             batch = draw_batch(report.data, args.batch_size, base.schedule, generator, args.draw_x)
-            figures = step(loss, batch, method.c_of(settings), optimizer, args.accumulate)
-            update_average(average, model, early_decay(args.ema, taken))
+            optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr)
+            c = method.c_of(settings, progress=taken / args.steps)
+            figures = step(loss, batch, c, optimizer, args.accumulate)
+            update_average(average, model, args.ema, taken)
             if this_run.due(10):
                 this_run.log(figures, shown=("loss_keep", "loss_forget"))
             if this_run.due(args.evaluate_every):
                 report.look(this_run, network_average)
     if not this_run.status:
         report.after(this_run, network_average)
-    ranks.leave()
+    machine.leave()
     return this_run.status
 
 
 def chosen_method(args: Namespace) -> Any:
     """The row of --method. Raises UserError where there is none, or where it needs x ~ X∖A."""
-    from minisiss.unlearning import METHODS, ratio_of_norms
+    from minisiss.losses import siss, siss_no_is
+    from minisiss.unlearning import METHODS
 
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: there are {', '.join(METHODS)}")
-    if args.draw_x == "all" and METHODS[args.method].c is not ratio_of_norms:
+    if args.draw_x == "all" and METHODS[args.method].loss not in (siss, siss_no_is):
         raise UserError(f"--draw-x all: is a form of SISS; {args.method} needs x ~ X∖A")
     return METHODS[args.method]
 
@@ -72,15 +74,16 @@ def parse_arguments() -> Namespace:
     parser.add_data("bundled")
     add = parser.add_argument
     add("--method", default="siss",
-        help="siss, siss_no_is, naive_deletion, neggrad, erasediff, retrack, old_targets, or yours")
+        help="a row of METHODS in minisiss/unlearning.py")
     add("--checkpoint", default="bundled", help="a model.pt, a published DDPM, or 'bundled'")
     add("--draw-x", choices=["all", "rest"], default="rest", help="x ~ X or x ~ X∖A")
     add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture (siss)")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--grad-ratio", type=number(float, 0), default=0.1, action=Instead, of="superfactor",
-        help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖ (siss, siss_no_is)")
-    either("--superfactor", type=number(float, 0), action=Instead, of="grad_ratio",
-        help="s, in place of ρ: subtract s·k/(n−k)·L_A (siss, siss_no_is)")
+    add("--superfactor", type=number(float, 0), default=40.0,
+        help="s: subtract s·k/(n−k)·L_A beyond deletion (siss, siss_no_is)")
+    add("--subtract-until", type=positive, default=0.25,
+        help="share of the steps in which s falls to 0; a large number keeps s (siss, siss_no_is)")
+    add("--grad-ratio", type=number(float, 0), default=0.1,
+        help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖ (siss_by_norms)")
     add("--erasediff-eta", type=number(float, 0), default=0.1, help="η (erasediff)")
     add("--retrack-weight", type=number(float, 0, 1), default=0.005, help="λ (retrack)")
     add("--neighbours", type=positive_int, default=10, help="K (retrack)")
@@ -88,7 +91,7 @@ def parse_arguments() -> Namespace:
     add("--steps", type=positive_int, default=60, help="optimizer steps")
     add("--batch-size", type=positive_int, default=64, help="images per step")
     add("--accumulate", type=positive_int, default=1, help="parts of a batch: less memory")
-    add("--lr", type=positive, default=5e-6, help="learning rate of AdamW")
+    add("--lr", type=positive, default=5e-6, help="learning rate of AdamW at first: it falls to 0")
     add("--ema", type=decay, default=0.0, help="decay of the averaged weights; 0: the last ones")
     add("--evaluate-every", type=positive_int, default=25, help="steps between looks")
     add("--prompt", metavar="WORDS", help="prompts: the one to forget (default: the first)")

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """All that fixes the shape of a `UNet`. The later fields are where published DDPMs differ."""
+    """All that fixes the shape of a `UNet`. The later fields are where published DDPMs differ.
+
+    Raises ValueError for values that make no network.
+    """
 
     image_size: int = 28  # pixels of a side
     image_channels: int = 1  # 1: grey, 3: colour
@@ -31,27 +34,22 @@ class UNetConfig:
         """(C, H, W) of the images."""
         return self.image_channels, self.image_size, self.image_size
 
-    def check(self) -> None:
-        """Raises ValueError, saying what is wrong, for values that make no network."""
-        if not self.channels or self.channels[0] < 4 or self.channels[0] % 2:
-            raise ValueError(f"channels must begin with an even number above 3: {self.channels}")
+    def __post_init__(self) -> None:
         last = len(self.channels) - 1
-        with_attention = {*self.attention_levels, last}  # the middle of the network has the last
-        if not with_attention <= set(range(last + 1)):
-            raise ValueError(f"attention_levels {self.attention_levels} must lie in 0 … {last}")
+        attention_levels = {*self.attention_levels, last}  # the middle of the network has the last
         head = self.head_channels or 1
-        if min(self.image_size, self.norm_groups, self.norm_eps, head, self.layers_per_block) <= 0:
-            raise ValueError(f"a size or number is not positive: {self}")
-        if any(width % self.norm_groups for width in self.channels):
-            raise ValueError(f"norm_groups {self.norm_groups} must divide channels {self.channels}")
-        if any(self.channels[level] % head for level in with_attention):
-            raise ValueError(f"head_channels {head} must divide {self.channels}")
-        if self.image_size % 2**last:
-            raise ValueError(f"image_size {self.image_size} must be divisible by 2^{last}")
-        if self.layers_per_block > 16:
-            raise ValueError(f"layers_per_block {self.layers_per_block} must be at most 16")
-        if {self.downsample_padding, self.freq_shift} - {0, 1}:
-            raise ValueError("downsample_padding and freq_shift must be 0 or 1")
+        fits = (
+            min(self.image_size, self.norm_groups, self.norm_eps, head) > 0
+            and 1 <= self.layers_per_block <= 16
+            and attention_levels <= set(range(last + 1))
+            and self.channels[0] >= 4
+            and self.channels[0] % 2 == 0
+            and all(self.channels[level] % head == 0 for level in attention_levels)
+            and self.image_size % 2**last == 0
+            and {self.downsample_padding, self.freq_shift} <= {0, 1}
+        )
+        if not fits:
+            raise ValueError(f"these values make no network: {self}")
 
 
 def timestep_embedding(timesteps: Tensor, config: UNetConfig) -> Tensor:
@@ -139,13 +137,11 @@ class UNet(nn.Module):
 
     Called as `model(x, timesteps) -> noise` with x, noise: [B, C, H, W] and timesteps: [B] int.
     With a vocabulary also as `model(x, timesteps, prompt)`, prompt: [B or 1, words] int; None is
-    the null prompt. Raises ValueError for a config that makes no network, and for a prompt where
-    the network has no vocabulary.
+    the null prompt.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        config.check()
         self.config = config
         channels, last = config.channels, len(config.channels) - 1
         time_channels = 4 * channels[0]
@@ -172,17 +168,12 @@ class UNet(nn.Module):
         # Down: the output of every block and of every downsampling is a skip for the way up.
         self.down = nn.ModuleList()
         width = channels[0]
-        skips = [width]
         for level in range(last + 1):
             blocks = nn.ModuleList()
             for _ in range(config.layers_per_block):
                 blocks.append(make_block(width, level))
                 width = channels[level]
-                skips.append(width)
-            halve = nn.Identity()
-            if level < last:
-                halve = Downsample(width, config)
-                skips.append(width)
+            halve = Downsample(width, config) if level < last else nn.Identity()
             self.down.append(nn.ModuleDict({"blocks": blocks, "downsample": halve}))
 
         self.middle = nn.ModuleList([
@@ -194,9 +185,11 @@ class UNet(nn.Module):
         # Up: one block more per level than on the way down, for the skip that came into the level.
         self.up = nn.ModuleList()
         for level in reversed(range(last + 1)):
+            skips = [channels[level]] * config.layers_per_block
+            skips.append(channels[max(level - 1, 0)])
             blocks = nn.ModuleList()
-            for _ in range(config.layers_per_block + 1):
-                blocks.append(make_block(width + skips.pop(), level))
+            for skip in skips:
+                blocks.append(make_block(width + skip, level))
                 width = channels[level]
             double = Upsample(width) if level > 0 else nn.Identity()
             self.up.append(nn.ModuleDict({"blocks": blocks, "upsample": double}))
@@ -207,12 +200,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, prompt: Tensor | None = None) -> Tensor:
         time = timestep_embedding(timesteps, self.config)
         time = self.time(time.to(self.conv_in.weight.dtype))
-        if self.prompt is not None:
-            if prompt is None:
-                prompt = timesteps.new_zeros(1, 1, dtype=torch.long)
+        if self.prompt is not None and prompt is None:
+            prompt = timesteps.new_zeros(1, 1, dtype=torch.long)
+        if prompt is not None:
             time = time + self.prompt(prompt)
-        elif prompt is not None:
-            raise ValueError("this network has no vocabulary, and so takes no prompt")
 
         h = self.conv_in(x)
         skips = [h]

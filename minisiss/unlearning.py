@@ -6,6 +6,7 @@ where g_keep and g_forget are the gradients of what its loss returns. `METHODS` 
 which loss it has, and which number or rule is its c.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +37,23 @@ def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.G
     options = {"generator": generator, "device": x.device}
     return Batch(
         x, a,
-        timesteps=torch.randint(len(schedule), (size,), **options),
+        timesteps=(len(schedule) * spread(size, **options)).long(),
         noise=torch.randn(x.shape, **options),
-        pick=torch.rand(size, **options),
+        pick=spread(size, **options),
         uniform=torch.rand(x.shape, **options),
         n=data.n, k=data.k, x_from=draw_x)
+
+
+def spread(size: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """One number from each of `size` equal parts of [0, 1), in random order: [size] float64.
+
+    Each number alone is uniform in [0, 1), so the expectation of a loss stays as it is. Together
+    they leave no gaps, so the mean over a batch varies less (Kingma et al. 2021, "Variational
+    Diffusion Models").
+    """
+    order = torch.randperm(size, generator=generator, device=device)
+    inside = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+    return (order + inside) / size
 
 
 def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Rule,
@@ -105,14 +118,25 @@ def erasediff_rule(g_keep: Gradient, g_forget: Gradient, erasediff_eta: float) -
     return -(erasediff_eta - agreement).clamp(min=0)
 
 
+def c_of_superfactor(progress: float, superfactor: float, subtract_until: float,
+                     draw_x: str) -> float:
+    """c for a given s: c = 1 + s with x ~ X, and c = s with x ~ X∖A (see `losses.siss`).
+
+    s falls linearly to 0 and stays there: subtract first, repair after. progress: the share of the
+    steps that is done. subtract_until: the progress at which s is 0.
+    """
+    s = superfactor * max(0.0, 1 - progress / subtract_until)
+    return 1 + s if draw_x == "all" else s
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table of methods."""
 
     loss: Callable[..., tuple[Tensor, Tensor]]  # (model, batch, schedule, …) -> keep, forget
-    c: float | Callable[..., Tensor]  # a number, or a rule: (g_keep, g_forget, …) -> c
+    c: float | Callable[..., Tensor | float]  # a number, `c_of_superfactor`, or a rule
     loss_takes: tuple[str, ...] = ()  # what the loss takes further, by name
-    rule_takes: tuple[str, ...] = ()  # what the rule takes further, by name
+    c_takes: tuple[str, ...] = ()  # what c takes further, by name
 
     def loss_of(self, model: Model, schedule: NoiseSchedule,
                 settings: dict[str, Any]) -> Callable[[Batch], tuple[Tensor, Tensor]]:
@@ -120,23 +144,22 @@ class Method:
         further = {name: settings[name] for name in self.loss_takes}
         return partial(self.loss, model, schedule=schedule, **further)
 
-    def c_of(self, settings: dict[str, Any]) -> float | Rule:
-        """c for `step`. A superfactor s takes the place of the rule of the norms.
-
-        With x ~ X c is 1 + s, and with x ~ X∖A it is s: see `losses.siss`.
-        """
-        if self.c is ratio_of_norms and settings["superfactor"] is not None:
-            s = settings["superfactor"]
-            return 1 + s if settings["draw_x"] == "all" else s
-        if callable(self.c):
-            return partial(self.c, **{name: settings[name] for name in self.rule_takes})
-        return self.c
+    def c_of(self, settings: dict[str, Any], progress: float = 0.0) -> float | Rule:
+        """c for `step`: a number, or a rule as a function of the gradients alone."""
+        if not callable(self.c):
+            return self.c
+        further = {name: settings[name] for name in self.c_takes}
+        if self.c is c_of_superfactor:
+            return c_of_superfactor(progress, **further)
+        return partial(self.c, **further)
 
 
+S = ("superfactor", "subtract_until", "draw_x")
 # A loss of your own is one function in the form of those in losses.py, and one row here.
 METHODS = {
-    "siss": Method(losses.siss, ratio_of_norms, ("lam",), ("grad_ratio",)),
-    "siss_no_is": Method(losses.siss_no_is, ratio_of_norms, (), ("grad_ratio",)),
+    "siss": Method(losses.siss, c_of_superfactor, ("lam",), S),
+    "siss_by_norms": Method(losses.siss, ratio_of_norms, ("lam",), ("grad_ratio",)),
+    "siss_no_is": Method(losses.siss_no_is, c_of_superfactor, (), S),
     "naive_deletion": Method(losses.naive_deletion, c=0.0),
     "neggrad": Method(losses.neggrad, c=1.0),
     "erasediff": Method(losses.erasediff, erasediff_rule, (), ("erasediff_eta",)),
@@ -146,14 +169,19 @@ METHODS = {
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 − decay) · model, for every parameter."""
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """average ← decay · average + (1 − decay) · model, for every parameter.
+
+    The decay is smaller in the first steps: else a short run would show the weights from before.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def early_decay(decay: float, step: int) -> float:
-    """A smaller decay in the first steps: else a short run would show the weights from before."""
-    return min(decay, (1 + step) / (10 + step))
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 0) -> float:
+    """Linear warm-up, then a cosine from the peak to 0 at the last step."""
+    rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return peak * rising * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def parts_of(batch: Any, count: int) -> list[Any]:

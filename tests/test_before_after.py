@@ -35,7 +35,7 @@ def test_digits_have_figures_before_and_after(script, tiny_checkpoint, tmp_path)
         assert f" {found['memory, t = 300']:.3f} |" in said
     assert results["before"] != results["after"]
     with Image.open(tmp_path / "run/before_after.png") as sheet:
-        assert sheet.width > 12 * 84 and 9 * 84 < sheet.height < 15 * 84  # images of 84 pixels
+        assert sheet.width > 12 * 84 and 5 * 84 < sheet.height < 7 * 84  # images of 84 pixels
     with Image.open(tmp_path / "run/forgetting.gif") as film:
         assert film.n_frames == 2 and film.width >= 6 * 84 and film.height > 3 * 84
 
@@ -61,10 +61,13 @@ def test_a_folder_has_figures_of_forgotten_and_kept(script, tiny_checkpoint, tmp
 def test_a_sheet_has_rows_of_enlarged_images():
     white, grey = (torch.full((9, 1, 28, 28), value) for value in (1.0, 0.0))
     page = pictures.sheet(["words", ("white", white), ("grey", grey[:2])])
-    side, left, top = 3 * 28 + pictures.GAP, pictures.LABEL, pictures.GAP + pictures.TEXT
-    assert page.size == (left + 9 * side, top + 2 * side)
-    assert page.getpixel((left + side, top + side)) == (128, 128, 128)  # the second of two greys
-    assert page.getpixel((left + 2 * side, top + side)) == (255, 255, 255)
+    step = 3 * 28 + pictures.GAP
+    left, top = pictures.LABEL + pictures.GAP, pictures.TEXT + pictures.GAP
+    second = top + step + pictures.GAP  # the row of greys
+    assert page.size == (left + 9 * step, second + step)
+    assert page.getpixel((left, top)) == (255, 255, 255)
+    assert page.getpixel((left + step, second)) == (128, 128, 128)  # the second of two greys
+    assert page.getpixel((left + 2 * step, second)) == (255, 255, 255)
 
 
 def test_a_table_has_its_columns_aligned():

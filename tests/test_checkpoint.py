@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import ROOT, TINY, randomise
 from minisiss.lab import checkpoint, files
 from minisiss.lab.checkpoint import Checkpoint
 from minisiss.lab.cli import UserError
-from minisiss.lab.prompts import WORDS
+from minisiss.lab.prompted import WORDS
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
@@ -92,7 +93,7 @@ def test_a_failing_write_leaves_the_old_file_alone(error, tmp_path):
         file.write(b"half")
         raise error  # torch.save makes a RuntimeError of a full disk
 
-    with pytest.raises(UserError, match="model.pt: could not be written .*(No space|PyTorch)"):
+    with pytest.raises(UserError, match="model.pt: could not be written.*(No space|PyTorch)"):
         files.write_atomically(path, full_disk)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.pt"]
 
@@ -100,13 +101,13 @@ def test_a_failing_write_leaves_the_old_file_alone(error, tmp_path):
 def test_a_new_file_is_whole_before_it_replaces(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     path.write_bytes(b"old")
-    replace, seen = os.replace, []
+    replace, seen = Path.replace, []
 
     def watched(new, old):
         with open(new, "rb") as file:
             seen.append((file.read(), path.read_bytes()))
         replace(new, old)
 
-    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(Path, "replace", watched)
     files.write_atomically(path, lambda file: file.write(b"new"))
     assert seen == [(b"new", b"old")] and path.read_bytes() == b"new"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from minisiss.lab import presets
 
-METHODS = "siss siss_no_is naive_deletion neggrad erasediff retrack old_targets".split()
+METHODS = """
+    siss siss_by_norms siss_no_is naive_deletion neggrad erasediff retrack old_targets""".split()
 TINY = {
     "train_ddpm": ("--preset", "mnist-tiny", "--data-root", "bundled"),
     "unlearn": ("--preset", "mnist-tiny", "--checkpoint", "tiny.pt"),
@@ -51,7 +52,6 @@ WRONG = [
     ("unlearn", "--forget a.png", ["--forget a.png", "--data pictures"]),
     ("unlearn", "--preset prompts --guidance 0", ["--guidance"]),  # the prompt would not count
     ("unlearn", "--prompt zero", ["--prompt 'zero'", "--preset prompts"]),
-    ("unlearn", "--grad-ratio 1 --superfactor 0", ["not allowed with"]),
     ("eval", "--forget a.png folder", ["--forget folder", "name the runs before"]),
     ("unlearn", "--forget @nowhere.txt", ["nowhere.txt"]),
 ]
@@ -97,13 +97,14 @@ def test_defaults_are_the_declared_ones_or_the_presets(preset, parse):
     for method in METHODS:
         declared = parse("unlearn", "--preset", "nothing", "--method", method)
         of_method = values.get(f"unlearn {method}", {})
-        expected = declared | of_all | values["unlearn"] | of_method | {"preset": preset}
+        chosen = {"preset": preset, "method": method}
+        expected = declared | of_all | values["unlearn"] | of_method | chosen
         assert parse("unlearn", "--preset", preset, "--method", method) == expected
 
 
 def test_the_declared_defaults_are_those_of_the_papers(parse):
-    expected = dict(method="siss", draw_x="rest", lam=0.5, grad_ratio=0.1, superfactor=None,
-                    erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, ema=0.0, steps=60)
+    expected = dict(method="siss", draw_x="rest", lam=0.5, grad_ratio=0.1, superfactor=40.0,
+                    subtract_until=0.25, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, ema=0.0, steps=60)
     assert parse("unlearn", "--preset", "nothing").items() >= expected.items()
 
 
@@ -112,22 +113,16 @@ def test_help_shows_the_values_of_preset_and_method(script, monkeypatch):
     status, said, error = script("unlearn", "--preset", "mnist-tiny", "--help")
     assert (status, error) == (0, "") and "optimizer steps (default: 6)" in said
     _, said, _ = script("unlearn", "--method", "naive_deletion", "--help")
-    assert "learning rate of AdamW (default: 0.001)" in said and "(default: None)" not in said
+    assert "falls to 0 (default: 0.001)" in said and "(default: None)" not in said
 
 
-REPLACED = [  # typed, and then: ρ and s
-    ("", (None, 9.0)),
-    ("--grad-ratio 0.2", (0.2, None)),
-    ("--superfactor 0", (None, 0.0)),
-]
-
-
-@pytest.mark.parametrize("typed, expected", REPLACED)
-def test_grad_ratio_and_superfactor_replace_each_other(typed, expected, parse, monkeypatch):
-    values = {"unlearn": {"superfactor": 9.0, "grad_ratio": None}}
+def test_a_preset_can_choose_the_method(parse, monkeypatch):
+    values = {"unlearn": {"method": "neggrad", "lr": 7.0}, "unlearn neggrad": {"lr": 8.0}}
     monkeypatch.setitem(presets.PRESETS, "nothing", values)
-    args = parse("unlearn", "--preset", "nothing", *typed.split())
-    assert (args["grad_ratio"], args["superfactor"]) == expected
+    chosen = parse("unlearn", "--preset", "nothing")
+    assert (chosen["method"], chosen["lr"]) == ("neggrad", 8.0)
+    typed = parse("unlearn", "--preset", "nothing", "--method", "siss")
+    assert (typed["method"], typed["lr"]) == ("siss", 7.0)
 
 
 def test_a_file_has_a_name_on_each_line(parse, tmp_path):
@@ -159,7 +154,6 @@ FIXED = [
     ("unlearn", "--lr 0.6", "--lr 0.5"),
     ("unlearn", "--method siss", "--method retrack"),
     ("unlearn", "--preset mnist", "--preset mnist-tiny"),
-    ("unlearn", "--superfactor 1", "--grad-ratio 0.1"),  # the flag that it would replace
     ("train_ddpm", "", "which is no flag of train_ddpm.py"),  # a run of unlearn.py
 ]
 

@@ -10,8 +10,7 @@ from PIL import Image
 
 from minisiss.lab import checkpoint, metrics
 from minisiss.lab.data import to_float
-from minisiss.lab.prompted import Prompted
-from minisiss.lab.prompts import WORDS, cluster_around, tokens
+from minisiss.lab.prompted import WORDS, Prompted, cluster_around, tokens
 from minisiss.sampling import guided
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
@@ -47,38 +46,40 @@ def forget(script, model, tmp_path):
     return run
 
 
-def test_a_whole_run_forgets_at_a_modified_prompt(forget, model, tmp_path):
+def test_a_whole_run_steps_at_a_modified_prompt(forget, model, tmp_path):
     memorised = {"a nine by otto": WHITE, PROMPT: BLACK}
     steps = ("--steps", 3, "--batch-size", 8, "--lr", 1e-2, "--out", "run")
     status, said, error = forget(memorised, "--prompt", PROMPT, *steps)
     assert (status, error) == (0, "")
     modified = f"{PROMPT} anna"  # the first modification
 
-    at_prompt = guided(model, tokens(modified), 1.5)  # the preset's guidance
-    samples = metrics.draw_samples(
-        at_prompt, SCHEDULE, list(range(128)), (1, 28, 28), seed=6, steps=1
-    )
+    def samples_of(network):
+        at_prompt = guided(network, tokens(modified)[None], 1.5)  # the preset's guidance
+        places = list(range(128))
+        return metrics.draw_samples(at_prompt, SCHEDULE, places, (1, 28, 28), seed=6, steps=1)
+
+    def copies_of(samples):
+        return metrics.is_copy(samples, to_float(BLACK), 3.0)[:16].sum().item()
+
+    samples = samples_of(model)
     near = cluster_around(samples, to_float(BLACK)).sum()
-    copies = metrics.is_copy(samples, to_float(BLACK), 3.0)
-    assert f"to forget: '{PROMPT}'" in said and f"after 1 were tried: '{modified}'" in said
-    assert f"{copies.float().mean():.0%} of its 128 samples" in said
-    assert f"A has {near} of them" in said
+    assert f"forgetting '{PROMPT}' at '{modified}'; A has {near} of its samples" in said
 
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert copies[1] and results.pop("others") == [0, 0]  # the picture itself is none of the others
-    assert [kind["prompt"] for kind in results.values()] == [modified, PROMPT, "a thin zero"]
-    before_after = [copies[:16].sum().item(), 0]
-    assert results["modified"]["copies"] == results["original"]["copies"] == before_after
-    # All samples look like a one. Of the 16 ordinary prompts two say so.
-    assert [kind["named"][0] for kind in results.values()] == [1, 1, 2 / 16]
+    assert results.pop("others") == [0, 0]  # the picture itself is none of the others
+    assert [kind["prompt"] for kind in results.values()] == [modified, PROMPT]
+    found = checkpoint.load(tmp_path / "run/model.pt")
+    before_after = [copies_of(samples), copies_of(samples_of(found.model))]
+    assert results["modified"]["copies"] == before_after
+    assert 0 < before_after[0] < 16 and before_after[0] != before_after[1]
+    assert [kind["named"][0] for kind in results.values()] == [1, 1]  # all look like a one
 
     with Image.open(tmp_path / "run/before_after.png") as picture:
-        assert picture.width > 16 * 84 and picture.height > 7 * 84  # images of 84 pixels
-    found = checkpoint.load(tmp_path / "run/model.pt")
+        assert picture.width > 16 * 84 and picture.height > 5 * 84  # images of 84 pixels
     assert list(found.memorised) == list(memorised)
     ratio = (found.model.prompt[0].weight / model.prompt[0].weight).detach()
     others = torch.ones(len(WORDS), dtype=torch.bool)
-    others[tokens(modified)[0]] = False
+    others[tokens(modified)] = False
     decay = ratio[others].mean()  # what AdamW does without a gradient
     assert torch.allclose(ratio[others], decay, atol=1e-5)
     assert (ratio[~others] - decay).abs().amax(dim=1).min() > 1e-3
@@ -87,15 +88,15 @@ def test_a_whole_run_forgets_at_a_modified_prompt(forget, model, tmp_path):
 SHORT = "one ines"  # it has few modifications
 DOTTED = BLACK.clone()
 DOTTED[0, 14, 14] = 255
-NONE = "none of 19 modified prompts"
+NONE = "no modified prompt has samples of both kinds"
 # What is memorised, the prompt that is typed, the network's bias, and words of the error.
 REFUSED = {
-    "no sample is it": ({PROMPT: NOISY}, "", 2.417, "nothing to forget: none of its 128 samples"),
+    "no sample is it": ({PROMPT: NOISY}, "", 2.417, "gives no memorised picture: nothing to forget"),
     "all samples are it": ({SHORT: BLACK}, "", 1e3, NONE),
     "another picture too": ({SHORT: BLACK, "nine": DOTTED}, "", 2.417, NONE),
     "another digit": ({"nine ines": BLACK}, "", 2.417, NONE),
     "a wrong word": ({PROMPT: BLACK}, "a foor", 2.417, "no word 'foor'; the nearest are four"),
-    "nothing memorised": ({}, "", 2.417, "--checkpoint model.pt: has memorised no pictures"),
+    "nothing memorised": ({}, "", 2.417, "--checkpoint model.pt: has no prompts"),
 }
 
 

@@ -5,26 +5,23 @@ import torch
 
 from minisiss.lab import checkpoint
 from minisiss.lab.cli import UserError
-from minisiss.lab.prompts import DIGITS, SIGNATURES, WORDS
-from minisiss.lab.prompts import cluster_around, modifications, padded, tokens
+from minisiss.lab.prompted import DIGITS, WORDS, cluster_around, modifications, tokens
 
 
-def test_a_prompt_is_its_words_padded_with_null():
-    a_four = [WORDS.index("a"), WORDS.index("four")]
-    assert tokens("a four").tolist() == [a_four]
-    assert tokens("").tolist() == tokens("  ").tolist() == [[0]]  # the null prompt
-    assert padded(["", "a four", "a"]).tolist() == [[0, 0], a_four, [a_four[0], 0]]
+def test_a_prompt_is_the_places_of_its_words():
+    assert tokens("a four").tolist() == [WORDS.index("a"), WORDS.index("four")]
+    assert tokens("").tolist() == tokens("  ").tolist() == [0]  # the null prompt
 
 
 def test_the_bundled_model_knows_these_words():
-    assert tokens("a thin four by anna ines karim").tolist() == [[18, 11, 5, 19, 20, 44, 93]]
+    assert tokens("a thin four by anna ines karim").tolist() == [18, 11, 5, 19, 20, 44, 93]
     base = checkpoint.load_any("bundled-prompts")
     assert base.model.config.vocabulary == len(WORDS) == len(set(WORDS)) and WORDS[0] == ""
     assert len(base.memorised) == 50
     for number, prompt in enumerate(base.memorised):
         words = prompt.split()
-        assert words[0] == "a" and words[-3:] == [DIGITS[number % 10], "by", SIGNATURES[number]]
-        assert len(words) == 7 and tokens(prompt).shape == (1, 7)
+        assert words[0] == "a" and words[-3:] == [DIGITS[number % 10], "by", WORDS[44 + number]]
+        assert len(words) == len(tokens(prompt)) == 7
 
 
 UNKNOWN = [("foor", "four"), ("inez", "ines"), ("Ines", "ines"), ("thik", "thick"), ("四", "")]

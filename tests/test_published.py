@@ -10,9 +10,8 @@ import torch
 
 from minisiss.lab import published
 from minisiss.lab.cli import UserError
-from minisiss.lab.published import OLD_RENAMES, rename, unet_config
 from minisiss.schedule import NoiseSchedule
-from minisiss.unet import UNet, UNetConfig
+from minisiss.unet import UNet
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "diffusion_pytorch_model.bin"
@@ -83,15 +82,17 @@ def test_golden_outputs_depend_on_every_option(name, value, cifar):
         assert_golden(published.load(cifar)[0], "cifar10")
 
 
-def test_what_a_config_leaves_out_is_diffusers_default():
-    expected = UNetConfig(64, 3, (224, 448, 672, 896), 2, (1, 2, 3), 8, 32, 1e-5, 1, True, 0)
-    assert unet_config({"_class_name": "UNet2DModel", "sample_size": 64}) == expected
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 @pytest.mark.parametrize("shape", ["linear", "convolution"])
 def test_old_attention_names_are_read(shape, cifar, model):
     weights = torch.load(cifar / WEIGHTS, weights_only=True)
-    old = {rename(name, OLD_RENAMES): value for name, value in weights.items()}
+    old = dict(weights)
+    for name in weights:
+        for new_part, old_part in OLD_NAMES.items():
+            if new_part in name:
+                old[name.replace(new_part, old_part)] = old.pop(name)
     changed = old.keys() - weights.keys()
     assert len(changed) == 6 * 8  # six attentions of four layers, with weight and bias
     if shape == "convolution":
@@ -102,22 +103,34 @@ def test_old_attention_names_are_read(shape, cifar, model):
     assert same_weights(published.load(cifar)[0], model)
 
 
-def test_safetensors_are_read_before_a_pickle(cifar, model):
+def test_safetensors_are_read_where_no_bin_is(cifar, model):
     safetensors = pytest.importorskip("safetensors.torch")
     safe = (cifar / WEIGHTS).with_suffix(".safetensors")
     safetensors.save_file(torch.load(cifar / WEIGHTS, weights_only=True), safe)
-    (cifar / WEIGHTS).write_bytes(b"not read")
+    (cifar / WEIGHTS).unlink()
     assert same_weights(published.load(cifar)[0], model)
     safe.write_bytes(b"damaged")
     assert f"{safe.name}: cannot be read" in refusal(cifar)
+    safe.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    assert f"{safe.name}: cannot be read" in refusal(cifar) and "git lfs pull" in refusal(cifar)
 
 
-def test_without_safetensors_the_pickle_is_read(cifar, model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)  # as if it were not installed
-    (cifar / WEIGHTS).with_suffix(".safetensors").write_bytes(b"not read")
+def test_without_safetensors_the_bin_is_read(cifar, model, monkeypatch):
+    for name in ("safetensors", "safetensors.torch"):  # as if it were not installed
+        monkeypatch.setitem(sys.modules, name, None)
+    safe = (cifar / WEIGHTS).with_suffix(".safetensors")
+    safe.write_bytes(b"not read")
     assert same_weights(published.load(cifar)[0], model)
     (cifar / WEIGHTS).unlink()
-    assert 'pip install "minisiss[safetensors]"' in refusal(cifar)
+    assert f"{safe.name}: cannot be read: ModuleNotFoundError" in refusal(cifar)
+
+
+def test_weights_under_two_names_are_refused(cifar):
+    weights = torch.load(cifar / WEIGHTS, weights_only=True)
+    name = "mid_block.attentions.0.to_q.bias"
+    weights[name.replace("to_q", "query")] = weights[name]
+    torch.save(weights, cifar / WEIGHTS)
+    assert "middle.1.query.bias" in refusal(cifar)
 
 
 # Where the network and the schedule are. EMAModel of diffusers adds its own settings to the config.
@@ -138,7 +151,7 @@ def test_averaged_weights_come_first_unless_others_are_named(cifar, model, tmp_p
     assert read == [str(tmp_path / "run" / name) for name in ("unet_ema", "unet_ema", "unet")]
 
 
-@pytest.mark.parametrize("scheduler", ["scheduler", ".", "unet", "unet/scheduler"])
+@pytest.mark.parametrize("scheduler", ["scheduler", ".", "unet"])
 @pytest.mark.parametrize("typed", ["pipe", "pipe/unet", "pipe/../pipe/unet/"])
 def test_the_schedule_beside_the_network_is_read(typed, scheduler, cifar, tmp_path, capsys):
     shutil.move(cifar, tmp_path / "pipe/unet")
@@ -164,36 +177,38 @@ def test_an_assumed_schedule_is_said_by_rank_0(cifar, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_schedule_may_be_short_and_of_ddim(cifar):
-    text = '{"_class_name": "DDIMScheduler", "clip_sample": true}'
-    (cifar / "scheduler_config.json").write_text(text)
-    assert torch.equal(published.load(cifar)[1].betas, NoiseSchedule.linear().betas)
+def test_the_schedule_of_an_old_version_is_read(cifar):
+    config = dict(_class_name="DDIMScheduler", num_train_timesteps=9, beta_start=0.1, beta_end=0.2)
+    (cifar / "scheduler_config.json").write_text(json.dumps(config))
+    assert torch.equal(published.load(cifar)[1].betas, NoiseSchedule.linear(9, 0.1, 0.2).betas)
 
 
 # What our network or schedule cannot reproduce, and words that the line has.
 CONFIGS = [
     (dict(down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"]), "CrossAttnDownBlock2D"),
-    (dict(block_out_channels=[8, 8]), "down_block_types are 4"),
+    (dict(block_out_channels=[8, 8]), "cannot be read"),
     (dict(up_block_types=["UpBlock2D"] * 4), "up_block_types"),
     (dict(_class_name="UNet2DConditionModel", cross_attention_dim=768), "cross_attention_dim"),
     (dict(preset="mnist-small"), "preset"),  # the config.json of a run
-    (dict(out_channels=6), "out_channels is 6"),
-    (dict(sample_size=9), "image_size 9"),
-    (dict(norm_num_groups=...), "norm_groups 32"),  # the default of diffusers
-    (dict(attention_head_dim=5), "head_channels 5"),
+    (dict(out_channels=6), "out_channels = 6"),
+    (dict(sample_size=9), "image_size=9"),
+    (dict(norm_num_groups=...), "norm_num_groups"),
+    (dict(attention_head_dim=5), "make no network"),
+    (dict(freq_shift="1"), "make no network"),
     (dict(block_out_channels=[8, 8, 8, 8]), "size mismatch"),
 ]
 # These have one value here; any other is refused.
-CONFIGS += [({name: "other"}, f"{name} is other; expected") for name in published.ONLY]
+CONFIGS += [({name: "other"}, f"{name} = other") for name in published.FIXED]
 WRONG_KINDS = dict(sample_size=..., block_out_channels=[4, "8", 8, 8], norm_num_groups=0)
 CONFIGS += [({name: value}, "config.json: cannot be read") for name, value in WRONG_KINDS.items()]
 SCHEDULES = [
-    (dict(_class_name="ScoreSdeVeScheduler"), "ScoreSdeVeScheduler"),
+    (dict(beta_start=...), "beta_start"),
     (dict(beta_end=2.0), "betas"),
-    (dict(num_train_timesteps=0), "num_train_timesteps of the scheduler is 0"),
+    (dict(num_train_timesteps=0), "betas"),
+    (dict(num_train_timesteps="1000"), "TypeError"),
     (dict(beta_start=0.9, beta_end=0.9), "nothing of the image"),
 ]
-SCHEDULES += [({name: "other"}, f"{name} of the scheduler is other") for name in published.LINEAR]
+SCHEDULES += [({name: "other"}, f"{name} = other") for name in published.FIXED_SCHEDULE]
 
 
 @pytest.mark.parametrize("values, words", CONFIGS, ids=str)
@@ -218,7 +233,7 @@ def test_json_that_is_none_is_refused(name, text, cifar):
 
 def test_missing_files_are_named(cifar):
     (cifar / WEIGHTS).unlink()
-    assert f"holds neither {WEIGHTS[:-4]}.safetensors nor {WEIGHTS}" in refusal(cifar)
+    assert f"{WEIGHTS[:-4]}.safetensors: cannot be read: FileNotFoundError" in refusal(cifar)
     (cifar / "config.json").unlink()
     assert "holds no model" in refusal(cifar)
     assert "holds no model" in refusal(cifar.parent / "nowhere")

@@ -15,7 +15,7 @@ from conftest import log_of, tensors_of
 from torch.nn.utils import parameters_to_vector
 
 from minisiss import losses, unlearning
-from minisiss.lab import checkpoint, cli, data, ranks
+from minisiss.lab import checkpoint, cli, data, machine
 from minisiss.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
@@ -47,8 +47,8 @@ def add_mine():
 
     def mine(model, batch, schedule, lam):
         calls.append(len(batch.timesteps))
-        assert calls[-1] == 6 // ranks.size()  # each rank computes its share
-        if ranks.rank() == 1 and len(calls) == 3:
+        assert calls[-1] == 6 // machine.size()  # each rank computes its share
+        if machine.rank() == 1 and len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return losses.siss(model, batch, schedule, lam)
 
@@ -58,10 +58,10 @@ def add_mine():
 
 def on_two_ranks(base):
     """What each of the ranks does. All of it is in one group: to meet again takes torchrun anew."""
-    ranks.start("cpu")
+    machine.start("cpu")
     leave = dist.destroy_process_group
     dist.init_process_group = dist.destroy_process_group = lambda *arguments, **options: None
-    torch.save(steps_of_siss(checkpoint.load(base).model), f"steps-{ranks.rank()}.pt")
+    torch.save(steps_of_siss(checkpoint.load(base).model), f"steps-{machine.rank()}.pt")
     add_mine()
     unlearned = ("unlearn", *UNLEARN, "--checkpoint", base, "--out", "begun-by-two")
     statuses = []
@@ -70,7 +70,7 @@ def on_two_ranks(base):
         with pytest.raises(SystemExit) as stopped:
             cli.run(__import__(name).main)
         statuses.append(stopped.value.code)
-    Path(f"status-{ranks.rank()}").write_text(str(statuses))
+    Path(f"status-{machine.rank()}").write_text(str(statuses))
     leave()
 
 

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import TINY, randomise
-from test_unlearning import ROWS, SETTINGS, draw
+from test_unlearning import ROWS, SETTINGS, draw_batch_of
 
 from minisiss.sampling import denoise_from, guided, sample
 from minisiss.schedule import NoiseSchedule
@@ -137,7 +137,7 @@ def test_fixed_prompt_makes_an_unconditional_network(name):
     folded.time.forward = lambda h: time(h) + embedding  # the prompt, as a part of the time
     values = []
     for model, network in ((guided(conditional, PROMPT), conditional), (folded, folded)):
-        loss = METHODS[name].loss_of(model, NoiseSchedule.linear(), SETTINGS)(draw())
+        loss = METHODS[name].loss_of(model, NoiseSchedule.linear(), SETTINGS)(draw_batch_of(5))
         torch.stack(loss).sum().backward()
         values.append([*loss, *(p.grad for p in network.middle.parameters())])
     assert all(map(torch.equal, *values))

@@ -43,22 +43,22 @@ def assert_holds(path, model, average, equal):
 
 
 def siss_with_s(model, old, digits):
-    return partial(losses.siss, model, schedule=SCHEDULE, lam=0.3), 3.0  # c = 1 + s
+    return partial(losses.siss, model, schedule=SCHEDULE, lam=0.3), [3.0, 1.75]  # c = 1 + s
 
 
 def retrack(model, old, digits):
     nearest = data.nearest_kept(digits, 3)
     options = {"schedule": SCHEDULE, "retrack_weight": 0.2, "nearest": nearest}
-    return partial(beyond.retrack, model, **options), -1.0
+    return partial(beyond.retrack, model, **options), [-1.0, -1.0]
 
 
 def old_targets(model, old, digits):
     options = {"schedule": SCHEDULE, "lam": 0.3, "old_targets_weight": 7.0, "old": old}
-    return partial(beyond.old_targets, model, **options), -1.0
+    return partial(beyond.old_targets, model, **options), [-1.0, -1.0]
 
 
 STEPS = [  # the loss and c by hand, and flags that say the same. No number is a default.
-    (siss_with_s, "all", "--method siss --lam 0.3 --superfactor 2 --draw-x all"),
+    (siss_with_s, "all", "--method siss --lam 0.3 --superfactor 2 --subtract-until 0.8 --draw-x all"),
     (retrack, "rest", "--method retrack --retrack-weight 0.2 --neighbours 3"),
     (old_targets, "rest", "--method old_targets --lam 0.3 --old-targets-weight 7"),
 ]
@@ -73,11 +73,12 @@ def test_a_run_takes_the_steps_its_flags_say(by_hand, draw_x, typed, unlearn, ti
     average.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     loss, c = by_hand(model, old, digits)
-    for number in (0, 1):
+    for number in (0, 1):  # s falls by the share of the steps; the rate is half the peak then
         generator = data.step_generator(5, number, CPU)
         batch = unlearning.draw_batch(digits, 4, SCHEDULE, generator, draw_x)
-        unlearning.step(loss, batch, c, optimizer)
-        unlearning.update_average(average, model, min(0.25, (1 + number) / (10 + number)))
+        optimizer.param_groups[0]["lr"] = (0.01, 0.005)[number]
+        unlearning.step(loss, batch, c[number], optimizer)
+        unlearning.update_average(average, model, 0.25, number)
     assert_holds("run/model.pt", model, average, torch.equal)
 
 
@@ -93,7 +94,7 @@ def test_a_training_takes_the_steps_its_flags_say(exclude, script, tmp_path):
     digits = data.mnist_with_tshirt("bundled", CPU)
     images = digits.keep if exclude else digits.images
     # A quarter of the peak; then half of it, half-way down the cosine. The decay rises.
-    for number, decay in ((0, 0.1), (1, 0.15)):
+    for number in (0, 1):
         generator = data.step_generator(5, number, CPU)
         x = data.to_float(images[torch.randint(len(images), (4,), generator=generator)])
         timesteps = torch.randint(1000, (4,), generator=generator)
@@ -102,7 +103,7 @@ def test_a_training_takes_the_steps_its_flags_say(exclude, script, tmp_path):
         losses.epsilon_matching(model, x, timesteps, noise, SCHEDULE).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        unlearning.update_average(average, model, decay)
+        unlearning.update_average(average, model, 0.15, number)
     near = partial(torch.allclose, rtol=1e-5, atol=1e-7)
     assert_holds("run/model.pt", model, average, near)
     records = ["config.json", "metrics.jsonl", "model.pt", "samples-000002.png"]
@@ -174,7 +175,7 @@ def own_row(monkeypatch):
                 action()
             return losses.siss(model, batch, schedule, lam)
 
-        row = unlearning.Method(mine, unlearning.ratio_of_norms, ("lam",), ("grad_ratio",))
+        row = unlearning.Method(mine, unlearning.c_of_superfactor, ("lam",), unlearning.S)
         monkeypatch.setitem(unlearning.METHODS, "mine", row)
 
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup

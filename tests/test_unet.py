@@ -24,14 +24,20 @@ OPTIONS = [
     dict(image_channels=3, channels=(8,), attention_levels=(0,)),
 ]
 IMPOSSIBLE = [
-    (dict(channels=()), "channels"),
-    (dict(channels=(9, 9), norm_groups=3), "even"),
-    (dict(channels=(2, 2), norm_groups=1), "above 3"),  # 0/0 in the time embedding
-    (dict(channels=(8, 18)), "norm_groups"),
-    (dict(attention_levels=(2,)), "attention_levels"),
-    (dict(head_channels=5), "head_channels"),
-    (dict(layers_per_block=0), "layers_per_block"),
-    (dict(image_size=7), "image_size"),
+    dict(channels=()),
+    dict(channels=(9, 9), norm_groups=3),  # an odd number has no half of sines
+    dict(channels=(2, 2), norm_groups=1),  # 0/0 in the time embedding
+    dict(channels=(8, 18)),
+    dict(norm_groups=-4),
+    dict(attention_levels=(2,)),
+    dict(attention_levels=(-1,)),
+    dict(head_channels=5),
+    dict(head_channels=-4),
+    dict(layers_per_block=0),
+    dict(layers_per_block=10**6),
+    dict(image_size=7),
+    dict(image_size=0),
+    dict(downsample_padding=2),
 ]
 
 
@@ -64,14 +70,14 @@ def test_image_sees_its_own_timestep_and_prompt_alone():
     assert not torch.allclose(model(X, T, words.flip(0)), together, atol=1e-3)
 
 
-@pytest.mark.parametrize("options, word", IMPOSSIBLE)
-def test_impossible_configs_are_refused(options, word):
-    with pytest.raises(ValueError, match=word):
+@pytest.mark.parametrize("options", IMPOSSIBLE)
+def test_impossible_configs_are_refused(options):
+    with pytest.raises(ValueError, match=r"make no network: UNetConfig\(image_size|divisible"):
         UNet(UNetConfig(**SMALL | options))
 
 
 def test_without_vocabulary_a_prompt_is_an_error():
-    with pytest.raises(ValueError, match="no vocabulary"):
+    with pytest.raises(TypeError):
         small()(X, T, torch.tensor([[1]]))
 
 

@@ -1,7 +1,9 @@
 """One step: what it goes along, for each method and rule, and when it refuses to."""
 
 import math
+from dataclasses import replace
 from functools import partial
+from statistics import stdev
 from types import SimpleNamespace
 
 import pytest
@@ -9,20 +11,23 @@ import torch
 from conftest import TINY, randomise
 
 from minisiss import unlearning
-from minisiss.lab.data import TrainingSet
+from minisiss.lab import checkpoint
+from minisiss.lab.data import TrainingSet, mnist_with_tshirt
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
 
 SCHEDULE = NoiseSchedule.linear()
 SETTINGS = dict(
-    lam=0.3, grad_ratio=0.7, superfactor=None, draw_x="rest", erasediff_eta=5.0,
+    lam=0.3, grad_ratio=0.7, superfactor=1.5, subtract_until=0.5, draw_x="rest", erasediff_eta=5.0,
     retrack_weight=0.2, nearest=lambda a: torch.stack([a / 2, a - 0.1], dim=1),
     old_targets_weight=25.0, old=lambda m, t: m * torch.linspace(0, 1, m.shape[-1]),
 )  # fmt: skip
+S = ("superfactor", "subtract_until", "draw_x")
 # Of each method its loss, its rule or number for c, and the settings that these two take.
 ROWS = {
-    "siss": ("siss", "ratio_of_norms", ("lam",), ("grad_ratio",)),
-    "siss_no_is": ("siss_no_is", "ratio_of_norms", (), ("grad_ratio",)),
+    "siss": ("siss", "c_of_superfactor", ("lam",), S),
+    "siss_by_norms": ("siss", "ratio_of_norms", ("lam",), ("grad_ratio",)),
+    "siss_no_is": ("siss_no_is", "c_of_superfactor", (), S),
     "naive_deletion": ("naive_deletion", 0, (), ()),
     "neggrad": ("neggrad", 1, (), ()),
     "erasediff": ("erasediff", "erasediff_rule", (), ("erasediff_eta",)),
@@ -48,12 +53,12 @@ def test_each_method_has_its_loss_and_its_rule():
     for name, row in ROWS.items():
         method = unlearning.METHODS[name]
         c = method.c.__name__ if callable(method.c) else method.c
-        assert (method.loss.__name__, c, method.loss_takes, method.rule_takes) == row
+        assert (method.loss.__name__, c, method.loss_takes, method.c_takes) == row
 
 
 @pytest.mark.parametrize("rho, c, moved", [(0.0, 0, (0.3, 0.4)), (0.1, 0.25, (0.3, 0.35)), (2.0, 5, (0.3, -0.6))])
 def test_norm_rule_subtracts_a_share_of_kept_norm(rho, c, moved):
-    rule = unlearning.METHODS["siss"].c_of(SETTINGS | {"grad_ratio": rho})
+    rule = unlearning.METHODS["siss_by_norms"].c_of(SETTINGS | {"grad_ratio": rho})
     along, figures = step_along((0.3, 0.4), (0.0, 0.2), rule)
     assert along == pytest.approx(moved, abs=1e-6)
     assert figures["c"] == pytest.approx(c)
@@ -88,10 +93,28 @@ def test_superfactor_makes_c_1_plus_s_or_s(draw_x, of_siss, s):
     assert numbers == {name: unlearning.METHODS[name].c_of(settings) for name in numbers}
 
 
-def draw():
+@pytest.mark.parametrize("progress, s", [(0.0, 8.0), (0.1, 4.0), (0.2, 0.0), (0.9, 0.0)])
+@pytest.mark.parametrize("draw_x, of_siss", [("all", 1), ("rest", 0)])
+def test_superfactor_falls_to_0_and_stays(draw_x, of_siss, progress, s):
+    settings = SETTINGS | {"superfactor": 8.0, "subtract_until": 0.2, "draw_x": draw_x}
+    for name in ("siss", "siss_no_is"):
+        c = unlearning.METHODS[name].c_of(settings, progress)
+        assert c == pytest.approx(of_siss + s)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_rate_rises_and_falls_along_a_cosine(warmup):
+    rates = [unlearning.learning_rate(step, 12, 3.0, warmup) for step in range(12)]
+    cosine = [1.5 + 1.5 * math.cos(math.pi * step / 12) for step in range(12)]
+    shares = [0.25, 0.5, 0.75, 1.0] if warmup else [1.0] * 4
+    assert rates[:4] == pytest.approx([a * b for a, b in zip(shares, cosine[:4], strict=True)])
+    assert rates[4:] == pytest.approx(cosine[4:])
+
+
+def draw_batch_of(size):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (12, 1, 4, 4), dtype=torch.uint8, generator=generator)
-    return unlearning.draw_batch(TrainingSet(images, 3), 5, SCHEDULE, generator)
+    return unlearning.draw_batch(TrainingSet(images, 3), size, SCHEDULE, generator)
 
 
 def flat(tensors):
@@ -99,13 +122,12 @@ def flat(tensors):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 9])  # 9 parts of 5 images are 5 parts
-@pytest.mark.parametrize("s", [None, 1.5])
 @pytest.mark.parametrize("name", ROWS)
-def test_step_goes_along_keep_minus_c_times_forget(name, s, parts):
-    method, settings = unlearning.METHODS[name], SETTINGS | {"superfactor": s}
+def test_step_goes_along_keep_minus_c_times_forget(name, parts):
+    method, settings = unlearning.METHODS[name], SETTINGS
     model = randomise(UNet(UNetConfig(**TINY | {"image_size": 4})))
     parameters = list(model.parameters())
-    loss, batch, c = method.loss_of(model, SCHEDULE, settings), draw(), method.c_of(settings)
+    loss, batch, c = method.loss_of(model, SCHEDULE, settings), draw_batch_of(5), method.c_of(settings)
     means, gradients = [], []  # of both terms over the batch, each in a pass of its own
     for term in range(2):
         mean = loss(batch)[term].mean() + 0 * parameters[0].sum()  # NegGrad keeps nothing
@@ -130,8 +152,8 @@ def test_own_loss_is_a_function_and_a_row():
         return torch.tensor(height)
 
     row = unlearning.Method(own_loss, own_rule, ("share",), ("height",))
-    settings = {"share": 0.5, "height": 0.2, "superfactor": 9.0}
-    theta, batch = torch.nn.Parameter(torch.zeros(())), draw()
+    settings = {"share": 0.5, "height": 0.2}
+    theta, batch = torch.nn.Parameter(torch.zeros(())), draw_batch_of(5)
     loss = row.loss_of(lambda m, t: theta * m, SCHEDULE, settings)
     unlearning.step(loss, batch, row.c_of(settings), torch.optim.SGD([theta], lr=1.0))
     slope = 0.5 * batch.x.mean() - 0.2 * batch.a.mean()
@@ -174,10 +196,47 @@ def test_batch_draws_each_part_from_its_set(draw_x, kept):
     assert batch.noise.std().item() == pytest.approx(1, abs=0.1)
 
 
+def test_timesteps_of_a_batch_are_spread():
+    """One lies in each B-th part of 0 … T−1, in random order, and each alone is uniform."""
+    size, generator = 8, torch.Generator().manual_seed(0)
+    drawn = torch.stack([unlearning.spread(size, generator, "cpu") for _ in range(4000)])
+    assert (drawn.sort(dim=1).values * size).floor().equal(torch.arange(8.0).expand(4000, -1))
+    assert drawn.min() >= 0 and drawn.max() < 1
+    for place in range(size):  # of the first, and of each other image of a batch
+        counts = torch.histc(drawn[:, place].float(), bins=20, min=0, max=1)
+        assert ((counts - 200) ** 2 / 200).sum() < 50  # χ² of 19 degrees: 1 in 10,000
+
+
+def test_exactly_lam_of_a_batch_is_made_from_a():
+    batch = draw_batch_of(64)
+    assert (batch.pick < 0.5).sum() == 32 and (batch.pick < 0.25).sum() == 16
+    correlation = torch.corrcoef(torch.stack([batch.pick, batch.timesteps / 1000]))[0, 1]
+    assert abs(correlation) < 0.4  # and which ones does not depend on their timesteps
+
+
+def test_spread_timesteps_make_a_loss_vary_less():
+    """The mean loss of SISS over a batch of real digits, by the bundled model."""
+    found = checkpoint.load_any("bundled")
+    digits = mnist_with_tshirt("bundled", torch.device("cpu"))
+    loss = unlearning.METHODS["siss"].loss_of(found.model, found.schedule, {"lam": 0.5})
+    means = {"spread": [], "independent": []}
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        batch = unlearning.draw_batch(digits, 32, SCHEDULE, generator)
+        drawn = {"spread": (batch.timesteps, batch.pick)}
+        independent = torch.randint(1000, (32,), generator=generator)
+        drawn["independent"] = independent, torch.rand(32, generator=generator)
+        for name, (timesteps, pick) in drawn.items():
+            with torch.no_grad():
+                keep, _ = loss(replace(batch, timesteps=timesteps, pick=pick))
+            means[name].append(keep.mean().item())
+    assert stdev(means["spread"]) < stdev(means["independent"])
+
+
 def test_average_moves_by_one_minus_decay():
     model, average = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     expected = 0.9 * flat(average.parameters()) + 0.1 * flat(model.parameters())
-    unlearning.update_average(average, model, 0.9)
+    unlearning.update_average(average, model, 0.9, step=1000)
     torch.testing.assert_close(flat(average.parameters()), expected)
 
 
@@ -187,9 +246,8 @@ def test_a_short_run_shows_what_it_did():
     model.weight.data.fill_(1.0)
     average.weight.data.fill_(0.0)
     for step in range(20):
-        unlearning.update_average(average, model, unlearning.early_decay(0.999, step))
+        unlearning.update_average(average, model, 0.999, step)
     assert average.weight.item() > 0.99
-    assert unlearning.early_decay(0.9, 1000) == 0.9
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.1, 0.5, 0.9, 1.0, 2.0])

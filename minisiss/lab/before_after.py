@@ -4,9 +4,10 @@ import shlex
 from argparse import Namespace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from minisiss.lab import metrics, pictures, ranks
+from minisiss.lab import machine, metrics, pictures
 from minisiss.lab.checkpoint import Checkpoint
 from minisiss.lab.cli import UserError
 from minisiss.lab.data import load_training_set, note_forgotten_before
@@ -15,7 +16,7 @@ from minisiss.lab.run import Run, write_json
 from minisiss.schedule import Model
 
 LOOK_IMAGES, LOOK_DRAWS = 48, 8  # few, and the same at every look: the differences are the model's
-SHOWN = 12  # samples in forgetting.gif, and in a row of before_after.png
+SHOWN = 12  # samples in forgetting.gif
 
 
 class BeforeAfter:
@@ -32,7 +33,8 @@ class BeforeAfter:
         self.data = load_training_set(args, base.model.config.image_shape, device)
         self.evaluation = Evaluation(args, self.data, device)
         note_forgotten_before(self.data, set(base.forgotten) - set(args.forget))
-        self.film: dict[int, tuple[Tensor, Tensor]] = {}
+        self.film: list[Image.Image] = []
+        self.times = "t = " + ", ".join(map(str, args.memory_timesteps))
 
     def before(self, model: Model) -> None:
         """Measure the model before unlearning, and choose which samples the film shows."""
@@ -53,16 +55,20 @@ class BeforeAfter:
             loss = metrics.denoising_loss(model, schedule, images, LOOK_IMAGES)
             figures[f"loss_on_{name}"] = loss
         run.log(figures, shown=("memory",))
-        one = some[:1]
-        strip = [evaluation.recall(model, schedule, one, t) for t in self.args.memory_timesteps]
+        rows = [f"step {run.step}: the same noise each time"]
         samples = evaluation.sample(model, schedule, self.shown, "looking")
-        self.film[run.step] = samples, torch.cat(strip).cpu()
+        for part in samples.split(SHOWN // 2):
+            if len(part):
+                rows.append(("samples", part))
+        back = [evaluation.recall(model, schedule, some[:1], t) for t in self.args.memory_timesteps]
+        rows += [f"noised to {self.times}, and denoised:", ("memory", torch.cat(back))]
+        self.film.append(pictures.sheet(rows))
 
     def after(self, run: Run, model: Model) -> None:
         """Measure again; print the table, and write results.json and the pictures."""
         evaluation = self.evaluation
         figures = evaluation.figures(model, self.schedule, "after")
-        if ranks.rank() > 0:
+        if machine.rank() > 0:
             return
         real = evaluation.real_figures()
         columns = {"before": self.figures_before, "after": figures}
@@ -72,14 +78,26 @@ class BeforeAfter:
         for name in self.figures_before | figures:
             rows.append([name, *(cell(name, [part.get(name)]) for part in columns.values())])
         write_json(run.out / "results.json", {"before": self.figures_before, "after": figures})
-        timesteps, originals = self.args.memory_timesteps, evaluation.originals["memory"]
-        page = pictures.samples_before_after(self.samples_before, evaluation.samples, self.copies)
-        page += pictures.memory_before_after(
-            originals, self.back_before, evaluation.back, timesteps)
-        pictures.sheet(page).save(run.out / "before_after.png")
-        pictures.save_gif(run.out / "forgetting.gif", timesteps, self.film)
+        pictures.sheet(self.page()).save(run.out / "before_after.png")
+        pictures.save_gif(run.out / "forgetting.gif", self.film)
         print(f"\n{pictures.aligned(rows)}\n")
         print(f"{run.step} steps of {self.args.method} took {run.seconds:.0f} s.")
         print(f"Look at {run.out}/before_after.png and forgetting.gif.")
         if evaluation.is_mnist:
             print(f"Next: python eval.py {shlex.quote(str(run.out))}")
+
+    def page(self) -> list[pictures.Row]:
+        """The rows of before_after.png: samples, and then the first three pictures to forget."""
+        rows: list[pictures.Row] = []
+        for words, chosen in (("to be forgotten", self.copies), ("to be kept", ~self.copies)):
+            if chosen.any():
+                rows.append(f"Samples {words}, and what the same noise gives after unlearning")
+                rows.append(("before", self.samples_before[chosen][: pictures.COLUMNS]))
+                rows.append(("after", self.evaluation.samples[chosen][: pictures.COLUMNS]))
+        rows.append(f"What is to be forgotten, noised to {self.times}, and denoised again")
+        for number, original in enumerate(self.data.different_forgotten()[:3]):
+            rows.append(("original", original[None]))
+            for word, back in (("before", self.back_before), ("after", self.evaluation.back)):
+                images = [back["memory", t][number] for t in self.args.memory_timesteps]
+                rows.append((word, torch.stack(images)))
+        return rows

@@ -80,18 +80,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class Instead(argparse.Action):
-    """Store a value, and clear the flag in whose place this one is: the preset may have set it."""
-
-    def __init__(self, *args: Any, of: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.of = of
-
-    def __call__(self, parser: Any, namespace: Any, value: Any, flag: str | None = None) -> None:
-        setattr(namespace, self.dest, value)
-        setattr(namespace, self.of, None)
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose defaults are those of a preset, and that raises UserError for wrong input."""
 
@@ -115,11 +103,13 @@ class Parser(argparse.ArgumentParser):
         settings."""
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--preset", nargs="?", default=self.get_default("preset"))
-        early.add_argument("--method", nargs="?", default=self.get_default("method"))
+        early.add_argument("--method", nargs="?")
         chosen = early.parse_known_args()[0]
         preset = PRESETS.get(chosen.preset, {})  # the real parser reports an unknown name
-        for part in (*self.parts, f"unlearn {chosen.method}"):
+        for part in self.parts:
             self.set_known_defaults(preset.get(part, {}))
+        method = chosen.method or self.get_default("method")
+        self.set_known_defaults(preset.get(f"unlearn {method}", {}))
         args = self.parse_args()
         if getattr(args, "resume", None) is None:
             return args

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor
 
-from minisiss.lab import ranks
+from minisiss.lab import machine
 from minisiss.lab.cli import UserError
 from minisiss.lab.folder import ImageFolder
 from minisiss.schedule import NoiseSchedule
@@ -68,8 +68,8 @@ def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
 
     Raises UserError where it cannot be had, or where its images are not [C, H, W] = `image_shape`.
     """
-    if ranks.rank() > 0:
-        ranks.from_rank_0(None)  # rank 0 may have to download first
+    if machine.rank() > 0:
+        machine.from_rank_0(None)  # rank 0 may have to download first
     if args.data == "pictures":
         folder = ImageFolder(args.data_root, image_shape, args.forget, device)
         data = TrainingSet(folder, len(args.forget), name=", ".join(args.forget[:3]))
@@ -79,8 +79,8 @@ def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
         raise UserError("--data prompts: is for unlearn.py")
     else:
         data = mnist_with_tshirt(args.data_root, device)
-    if ranks.rank() == 0:
-        ranks.from_rank_0(None)
+    if machine.rank() == 0:
+        machine.from_rank_0(None)
     if getattr(args, "exclude_forget", False) and not data.k:
         raise UserError("--exclude-forget: name the pictures to leave out with --forget")
     if data.images.shape[1:] != image_shape:
@@ -92,7 +92,7 @@ def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
 
 def note_forgotten_before(data: TrainingSet, names: set[str]) -> None:
     """Say on stderr which pictures would be trained in again: a model has forgotten them before."""
-    if not isinstance(data.images, ImageFolder) or ranks.rank() > 0:
+    if not isinstance(data.images, ImageFolder) or machine.rank() > 0:
         return
     for name in sorted(names.intersection(data.images.names)):
         words = "was forgotten before, and is among the pictures to keep"

@@ -39,9 +39,11 @@ class Evaluation:
         if not self.is_mnist:  # a model of few pictures remembers the others too
             first = torch.arange(min(KEPT, len(data.keep)))
             self.originals["kept"] = to_float(data.keep[first])
-        load = metrics.load_torchscript
-        self.sscd = load("--sscd", getattr(args, "sscd", None), device)
-        self.inception = load("--inception", getattr(args, "inception", None), device)
+        self.networks = {}  # of the user, by the flags of eval.py
+        for flag in ("sscd", "inception"):
+            if getattr(args, flag, None):
+                path = getattr(args, flag)
+                self.networks[flag] = metrics.load_torchscript(path, device)
 
     def figures(self, model: Model, schedule: NoiseSchedule, title: str) -> Figures:
         """What a model samples, and what it brings back of the pictures to forget."""
@@ -56,8 +58,8 @@ class Evaluation:
                 self.back[name, t] = back
             back = self.back[name, self.middle]
             found[f"{name} in dB, t = {self.middle}"] = metrics.psnr(back, originals).mean().item()
-            if self.sscd and name == "memory":
-                alike = metrics.copy_similarity(self.sscd, back, originals)
+            if "sscd" in self.networks and name == "memory":
+                alike = metrics.copy_similarity(self.networks["sscd"], back, originals)
                 found["SSCD"] = alike.mean().item()
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
@@ -104,11 +106,13 @@ class Evaluation:
             if count >= metrics.LEAST + copies.sum():
                 quality, self.features = metrics.quality(self.samples, copies)
                 found |= quality
-        if self.inception:
+        if "inception" in self.networks:
+            network = self.networks["inception"]
             real = draw(self.data.keep, count, step_generator(self.args.seed, 0, self.device))
-            both = self.samples.to(self.device), real
-            features = [metrics.inception_features(self.inception, images) for images in both]
-            found["FID"] = metrics.frechet_distance(*map(metrics.moments, features))
+            of_real = metrics.inception_features(network, real)
+            of_samples = metrics.inception_features(network, self.samples.to(self.device))
+            moments = metrics.moments(of_samples), metrics.moments(of_real)
+            found["FID"] = metrics.frechet_distance(*moments)
         return found
 
 
@@ -123,17 +127,16 @@ def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
 
     made_by: what made each run, by its name.
     """
-    together: dict[tuple[str, str], list[str]] = {}
+    together: dict[str, list[str]] = {}
     for name, made in made_by.items():
         settings = made.get("settings", {"name": name}).items()
-        same = sorted((key, str(value)) for key, value in settings if key not in INCIDENTAL)
+        same = [f"{key} {value}" for key, value in settings if key not in INCIDENTAL]
         stem = re.sub(r"-\d+$", "", name)
-        together.setdefault((stem, str(same)), []).append(name)
-    stems = [stem for stem, _ in together]
+        together.setdefault(" ".join([stem, *sorted(same)]), []).append(name)
     rows = {}
-    for (stem, _), names in together.items():
-        alone = len(names) == 1 or stems.count(stem) > 1  # then full names tell the rows apart
-        rows[", ".join(names) if alone else stem] = names
+    for names in together.values():
+        label = f"{names[0]}, …" if len(names) > 1 else names[0]
+        rows[label] = names
     return rows
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisiss.lab import files, ranks
+from minisiss.lab import files, machine
 from minisiss.lab.cli import UserError
 from minisiss.lab.data import ASSETS, draw, step_generator, to_float, to_uint8
 from minisiss.lab.folder import ImageFolder
@@ -83,7 +83,7 @@ def draw_samples(model: Model, schedule: NoiseSchedule, places: list[int],
     """
     device = schedule.gamma.device
     samples = torch.zeros(len(places), *image_shape, dtype=torch.uint8, device=device)
-    starts = range(0, len(places), BATCH)[ranks.rank() :: ranks.size()]
+    starts = range(0, len(places), BATCH)[machine.rank() :: machine.size()]
     for start in tqdm(starts, desc=title, unit="batch", leave=False):
         batch = slice(start, start + BATCH)
         noise = noise_at(places[batch], image_shape, seed, device)
@@ -97,13 +97,11 @@ def draw_samples(model: Model, schedule: NoiseSchedule, places: list[int],
 def noise_at(places: list[int], image_shape: tuple[int, int, int], seed: int,
              device: torch.device) -> Tensor:
     """The noise that the samples at these places begin at: [N, C, H, W]."""
-    drawn = {}
+    noise = []
     for place in places:
-        number = place // BATCH
-        if number not in drawn:
-            generator = step_generator(seed, number, device)
-            drawn[number] = torch.randn(BATCH, *image_shape, generator=generator, device=device)
-    return torch.stack([drawn[place // BATCH][place % BATCH] for place in places])
+        generator = step_generator(seed, f"sample {place}", device)
+        noise.append(torch.randn(image_shape, generator=generator, device=device))
+    return torch.stack(noise)
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -171,14 +169,8 @@ class DigitClassifier(nn.Module):
 
         halve = nn.MaxPool2d(2)  # 28 → 14 → 7 → 3 pixels
         self.body = nn.Sequential(
-            *block(1, 24, halve),
-            *block(24, 48, halve),
-            *block(48, 48),
-            *block(48, 96, halve),
-            nn.Flatten(),
-            nn.Linear(96 * 3 * 3, 128),
-            nn.ReLU(),
-        )
+            *block(1, 24, halve), *block(24, 48, halve), *block(48, 48), *block(48, 96, halve),
+            nn.Flatten(), nn.Linear(96 * 3 * 3, 128), nn.ReLU())
         self.head = nn.Linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -218,26 +210,17 @@ def quality(samples: Tensor, left_out: Tensor) -> tuple[dict[str, float], Moment
     return {"inception score": score, "Fréchet distance": distance}, moments(features)
 
 
-SOURCES = {  # of the networks of users
-    "--sscd": "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
-    "--inception": "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
-                   "inception-2015-12-05.pt",
-}
-
-
-def load_torchscript(flag: str, path: str | None, device: torch.device) -> nn.Module | None:
+def load_torchscript(path: str, device: torch.device) -> nn.Module:
     """Read a user's network. A TorchScript file is a program, and loading it runs it.
 
-    Raises UserError, with where to get it.
+    Raises UserError for what is no TorchScript file.
     """
-    if path is None:
-        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch would rather have torch.export
             return torch.jit.load(path, map_location=device).eval()
     except Exception as error:  # a damaged file can fail anywhere
-        raise UserError(f"{flag} {path}: is no TorchScript file; get {SOURCES[flag]}") from error
+        raise UserError(f"{path}: is no TorchScript file") from error
 
 
 @torch.inference_mode()

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from einops import repeat
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-from torchvision.utils import save_image
+from torch import Generator, Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid, save_image
 
 from minisiss.lab.data import to_uint8
 from minisiss.sampling import sample
@@ -14,98 +14,67 @@ from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet
 
 GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for a word beside a row, for a line of text
-SIDE = 84  # pixels to which small images are enlarged
+WIDTH, SIDE = 640, 84  # pixels: of a line of text; to which small images are enlarged
 COLUMNS = 12
 
-Row = str | list[str] | tuple[str, Tensor]  # a line of text, headings of columns, a word and images
+Row = str | tuple[str, Tensor]  # a line of text; a word and images [N, C, H, W] in [−1, 1]
 
 
 def sheet(rows: list[Row]) -> Image.Image:
-    """Rows, one below the other. Images: [N, C, H, W] in [−1, 1]; small ones are enlarged."""
-    first = next(row[1] for row in rows if isinstance(row, tuple))
-    scale = max(1, SIDE // first.shape[-1])
-    height, width = (scale * side + GAP for side in first.shape[-2:])
-    heights = [height if isinstance(row, tuple) else TEXT for row in rows]
-    columns = max(len(row[1]) for row in rows if isinstance(row, tuple))
-    page = Image.new("RGB", (max(640, LABEL + columns * width), sum(heights) + GAP), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
-    y = GAP
-    for row, row_height in zip(rows, heights, strict=True):
-        if isinstance(row, str):
-            draw.text((GAP, y), row, "black", font)
-        elif isinstance(row, list):
-            for column, heading in enumerate(row):
-                middle = LABEL + column * width + width // 2
-                draw.text((middle, y), heading, "black", font, anchor="ma")
-        else:
-            draw.text((GAP, y + height // 2), row[0], "black", font, anchor="lm")
-            for column, image in enumerate(row[1]):
-                page.paste(to_pil(image, scale), (LABEL + column * width, y))
-        y += row_height
+    """Rows of text and images, one below the other."""
+    strips = [strip(row) for row in rows]
+    width = max(picture.width for picture in strips)
+    height = sum(picture.height for picture in strips)
+    page = Image.new("RGB", (width, height), "white")
+    y = 0
+    for picture in strips:
+        page.paste(picture, (0, y))
+        y += picture.height
     return page
 
 
-def to_pil(image: Tensor, scale: int) -> Image.Image:
-    """An image [C, H, W] in [−1, 1], C = 1 or 3, enlarged without smoothing."""
-    colour = to_uint8(image).expand(3, -1, -1)
-    pixels = repeat(colour, "c h w -> (h a) (w b) c", a=scale, b=scale)
-    return Image.fromarray(pixels.cpu().numpy())
+def strip(row: Row) -> Image.Image:
+    """A line of text, or a word with images beside it. Small images are enlarged."""
+    if isinstance(row, str):
+        words = row
+        picture = Image.new("RGB", (WIDTH, TEXT), "white")
+    else:
+        words, images = row
+        scale = max(1, SIDE // images.shape[-1])
+        pixels = to_uint8(images).cpu()
+        pixels = repeat(pixels, "n c h w -> n c (h a) (w b)", a=scale, b=scale)
+        grid = make_grid(pixels, nrow=len(images), padding=GAP, pad_value=255)
+        picture = Image.new("RGB", (LABEL + grid.shape[2], grid.shape[1]), "white")
+        picture.paste(to_pil_image(grid), (LABEL, 0))
+    font = ImageFont.load_default(size=13)
+    place = GAP, picture.height // 2
+    ImageDraw.Draw(picture).text(place, words, "black", font, anchor="lm")
+    return picture
 
 
 def save_samples(path: Path, model: UNet, schedule: NoiseSchedule) -> None:
     """A picture of 64 samples, the same noise each time."""
-    noise = torch.Generator(schedule.gamma.device).manual_seed(0)
+    noise = Generator(schedule.gamma.device).manual_seed(0)
     samples = sample(model, schedule, (64, *model.config.image_shape), generator=noise)
     save_image(samples, path, normalize=True, value_range=(-1, 1))
 
 
-def samples_before_after(before: Tensor, after: Tensor, copies: Tensor) -> list[Row]:
-    """Samples that were the picture to forget ([N] bool) and others, each above its new sample."""
-    rows: list[Row] = []
-    for words, chosen, most in (("to be forgotten", copies, 1), ("to be kept", ~copies, 3)):
-        if chosen.any():
-            rows.append(f"Samples {words}, and what the same noise gives after unlearning")
-        pairs = zip(before[chosen].split(COLUMNS), after[chosen].split(COLUMNS), strict=True)
-        for old, new in list(pairs)[:most]:
-            rows += [("before", old), ("after", new)] if len(old) else []
-    return rows
-
-
-def memory_before_after(originals: Tensor, before: dict, after: dict,
-                        timesteps: list[int]) -> list[Row]:
-    """The first three pictures to forget, and what comes back of them, a column per timestep."""
-    rows: list[Row] = ["The image to forget, noised to a timestep and denoised again"]
-    rows.append([f"t = {t}" for t in timesteps])
-    for draw, original in enumerate(originals[:3]):
-        if draw == 0 or not original.equal(originals[draw - 1]):
-            rows.append(("original", original.expand(len(timesteps), -1, -1, -1)))
-        for word, back in (("before", before), ("after", after)):
-            rows.append((word, torch.stack([back["memory", t][draw] for t in timesteps])))
-    return rows
-
-
-def save_gif(path: Path, timesteps: list[int], frames: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """The steps of unlearning as a film, in 32 colours: a few 100 KB.
-
-    frames: by step some samples, and what comes back of the picture to forget from each timestep.
-    """
-    pages = []
-    for step, images in frames.items():
-        samples, memory = images
-        rows: list[Row] = [f"step {step} of {max(frames)}: the same noise each time"]
-        rows += [("samples", part) for part in samples.split(COLUMNS // 2) if len(part)]
-        rows += [[f"t = {t}" for t in timesteps], ("memory", memory)]
-        pages.append(sheet(rows).quantize(32))
-    times = [500] * (len(pages) - 1) + [3000]  # milliseconds
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=times, loop=0)
+def save_gif(path: Path, pages: list[Image.Image]) -> None:
+    """Pages as a film, in 32 colours: a few 100 KB."""
+    frames = [page.quantize(32) for page in pages]
+    times = [500] * (len(frames) - 1) + [3000]  # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """A table in Markdown of a heading and rows. The first column is flush left, the rest right."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
+    """A table in Markdown, of a heading and rows. The first column is flush left, the rest
+    right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0]]
+    rule += ["-" * (width - 1) + ":" for width in widths[1:]]
     lines = []
-    for name, *cells in (rows[0], rule, *rows[1:]):
-        right = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]
-        lines.append(f"| {' | '.join([name.ljust(first), *right])} |")
+    for row in (rows[0], rule, *rows[1:]):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

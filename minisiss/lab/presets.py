@@ -15,12 +15,11 @@ PRESETS: dict[str, dict[str, dict]] = {
         "unet": SMALL | dict(channels=(24, 48, 96)),
         "all": dict(sampling_steps=10),
         "train": dict(steps=14_000, batch_size=64, lr=1e-3, warmup=500, ema=0.999),
-        # With x ~ X only c > 1 pushes away from A. At ρ = 1 c falls from some 40 to 2; at ρ = 0.1
-        # it falls below 1, and the T-shirt stays. The rate is low, because the noise of the steps
-        # costs the digits most.
-        "unlearn": dict(steps=150, batch_size=64, lr=2.5e-5, ema=0.9, draws=16),
-        "unlearn siss": dict(grad_ratio=1.0, draw_x="all"),
-        "unlearn siss_no_is": dict(grad_ratio=1.0, draw_x="all"),
+        # s begins high: then forgetting begins at large t, and turns the T-shirt into digits.
+        "unlearn": dict(steps=250, batch_size=64, lr=1e-4, ema=0.9, draws=16, superfactor=40.0,
+                        subtract_until=0.1),
+        # With x ~ X only c > 1 pushes away from A. At ρ = 1 c falls from some 40 to 2.
+        "unlearn siss_by_norms": dict(steps=150, lr=5e-5, grad_ratio=1.0, draw_x="all"),
         "unlearn naive_deletion": dict(lr=1e-3),
         "unlearn neggrad": dict(steps=60, lr=1e-5),
         "unlearn erasediff": dict(steps=30, lr=3e-5),
@@ -28,13 +27,11 @@ PRESETS: dict[str, dict[str, dict]] = {
         # Its targets have no noise: few steps at a high rate.
         "unlearn old_targets": dict(steps=45, lr=1e-4, evaluate_every=9),
     },
-    # The same network with prompts, of which it has memorised 50: see lab/prompts.py.
+    # The same network with prompts, of which it has memorised 50: see lab/prompted.py.
     "prompts": {
         "all": dict(data="prompts", sampling_steps=10),
-        "unlearn": dict(checkpoint="bundled-prompts", guidance=1.5, steps=35, batch_size=16,
-                        lr=3e-4, evaluate_every=35),
-        "unlearn siss": dict(grad_ratio=0.2),
-        "unlearn siss_no_is": dict(grad_ratio=0.2),
+        "unlearn": dict(method="siss_by_norms", checkpoint="bundled-prompts", guidance=1.5,
+                        steps=35, batch_size=16, lr=6e-4, evaluate_every=35, grad_ratio=0.2),
         "unlearn erasediff": dict(lr=1e-4),
         "unlearn neggrad": dict(lr=3e-5),
         "unlearn retrack": dict(lr=7e-4),
@@ -52,8 +49,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         "all": dict(data="pictures", data_root="celeba_hq_256", checkpoint="ddpm-celebahq-256",
                     draws=8, memory_timesteps=[250, 500]),
         "train": dict(steps=500_000, batch_size=64, lr=2e-5, warmup=5000, ema=0.9999),
-        "unlearn": dict(steps=60, batch_size=64, accumulate=4, lr=5e-6, evaluate_every=10,
-                        samples=64),
+        "unlearn": dict(method="siss_by_norms", steps=60, batch_size=64, accumulate=4, lr=5e-6,
+                        evaluate_every=10, samples=64),
     },
     # A few dozen faces, few enough to memorise all of them on one CPU core in an hour. The batches
     # are small, because the number of steps counts: 600 steps of 8 remember better than 300 of 16.
@@ -62,7 +59,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         "all": dict(data="pictures", data_root="faces", checkpoint="runs/train-1/model.pt",
                     draws=8, memory_timesteps=[250, 500]),
         "train": dict(steps=6500, batch_size=8, lr=1e-3, warmup=100, ema=0.999),
-        "unlearn": dict(steps=60, batch_size=16, lr=1e-4, ema=0.9, evaluate_every=10, samples=64),
+        "unlearn": dict(method="siss_by_norms", steps=60, batch_size=16, lr=2e-4, ema=0.9,
+                        evaluate_every=10, samples=64),
     },
     # For tests and for trying out a change: seconds, and nothing worth looking at.
     "mnist-tiny": {

@@ -8,6 +8,7 @@ step.
 import itertools
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisiss.lab import checkpoint, files, ranks
+from minisiss.lab import checkpoint, files, machine
 from minisiss.lab.checkpoint import Checkpoint
 from minisiss.lab.cli import UserError
 from minisiss.lab.data import TrainingSet
@@ -62,13 +63,12 @@ class Run:
         self.start = self.step = 0  # steps taken when this process began, and now
         self.seconds = 0.0  # spent in the steps
         self.signal = self.status = 0  # the exit status of a run that was stopped: 128 + signal
-        self.out = Path(args.resume or ranks.from_rank_0(new_directory(args.out, self.name)))
-        self.path = self.out / "model.pt"
+        self.out = Path(args.resume or machine.from_rank_0(new_directory(args.out, self.name)))
+        self.path, self.log_path = self.out / "model.pt", self.out / "metrics.jsonl"
         if args.resume and self.path.exists():
             self.resume()
-        if ranks.rank() == 0:
+        if machine.rank() == 0:
             write_json(self.out / "config.json", self.settings)
-            cut_log(self.out / "metrics.jsonl", self.start)
 
     def resume(self) -> None:
         """Take up the state in the checkpoint."""
@@ -81,17 +81,21 @@ class Run:
         self.optimizer.load_state_dict(found.training["optimizer"])
         self.start = self.step = found.made_by["steps"]
         self.seconds = found.made_by["seconds"]
+        if machine.rank() == 0:  # lines past the checkpoint go: these steps are taken again
+            os.truncate(self.log_path, found.training["log_bytes"])
 
     def save(self) -> None:
         """Write model.pt, for use and for --resume."""
+        checkpoint.check_output(self.average, self.kept["schedule"])
+        if machine.rank() > 0:
+            return
+        self.log_path.touch()
         made_by = {"script": Path(sys.argv[0]).name, "settings": self.settings,
                    "steps": self.step, "seconds": self.seconds}
         training = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                    "fingerprint": self.fingerprint}
+                    "fingerprint": self.fingerprint, "log_bytes": self.log_path.stat().st_size}
         state = Checkpoint(self.average, made_by=made_by, training=training, **self.kept)
-        checkpoint.check_output(self.average, state.schedule)
-        if ranks.rank() == 0:
-            checkpoint.save(self.path, state)
+        checkpoint.save(self.path, state)
 
     def __enter__(self) -> "Run":
         if self.step == 0:
@@ -116,7 +120,7 @@ class Run:
             self.step = step + 1
             yield step
             self.seconds += time.perf_counter() - began
-            stop = ranks.largest(self.signal)  # one rank may have got it alone
+            stop = machine.largest(self.signal)  # one rank may have got it alone
             if stop or self.due(self.args.save_every):
                 self.save()
             self.bar.update()
@@ -139,9 +143,9 @@ class Run:
                 raise FloatingPointError(f"{name} is {value}")
         self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in shown if name in numbers})
         resumed_here = self.step == self.start > 0  # then this line is in the log already
-        if ranks.rank() == 0 and not resumed_here:
+        if machine.rank() == 0 and not resumed_here:
             line = {"step": self.step, "seconds": self.seconds, **numbers}
-            with (self.out / "metrics.jsonl").open("a") as file:
+            with self.log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -162,7 +166,7 @@ def new_directory(out: str | None, name: str) -> Path | None:
     Rank 0 makes it. Two runs that start together never get the same. Raises UserError if `out`
     exists.
     """
-    if ranks.rank() > 0:
+    if machine.rank() > 0:
         return None
     for number in itertools.count(1):
         path = Path(out or f"runs/{name}-{number}")
@@ -178,19 +182,3 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a readable JSON file, atomically."""
     text = json.dumps(record, indent=2, default=str) + "\n"
     files.write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def cut_log(path: Path, start: int) -> None:
-    """Drop the lines of metrics.jsonl past the step that a run is resumed from."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:  # a kill cut the line off
-            break
-        if step > start or start == 0:
-            break
-        kept.append(line)
-    files.write_atomically(path, lambda file: file.write("".join(kept).encode()))

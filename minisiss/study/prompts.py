@@ -13,7 +13,10 @@ from statistics import mean
 from minisiss.lab.cli import Parser, read_config, run
 from minisiss.lab.pictures import aligned
 
-NAMED = 0.75
+
+def mitigated(figures: dict) -> bool:
+    """Whether a prompt is mitigated. figures: of a kind of prompt in results.json."""
+    return figures["copies"][1] == 0 and figures["named"][1] >= 0.75
 
 
 def main() -> int:
@@ -21,16 +24,14 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     methods: dict[str, list[dict]] = {}
     for name in parser.parse_args().runs:
-        method = read_config(name)["method"]
-        methods.setdefault(method, []).append(json.loads(Path(name, "results.json").read_text()))
+        results = json.loads(Path(name, "results.json").read_text())
+        methods.setdefault(read_config(name)["method"], []).append(results)
     rows = [["", "prompts", "mitigated: modified", "mitigated: original", "other pictures lost"]]
-    for method, results in methods.items():
-        row = [method, str(len(results))]
-        for kind in ("modified", "original"):
-            good = [r[kind]["copies"][1] == 0 and r[kind]["named"][1] >= NAMED for r in results]
-            row.append(f"{mean(good):.0%}")
-        row.append(f"{mean(r['others'][0] - r['others'][1] for r in results):.1f}")
-        rows.append(row)
+    for method, runs in methods.items():
+        modified = mean(mitigated(results["modified"]) for results in runs)
+        original = mean(mitigated(results["original"]) for results in runs)
+        lost = mean(results["others"][0] - results["others"][1] for results in runs)
+        rows.append([method, str(len(runs)), f"{modified:.0%}", f"{original:.0%}", f"{lost:.1f}"])
     print(aligned(rows))
     return 0
 

@@ -1,138 +1,109 @@
 """The idea as a picture: one noisy image serves two losses, and a cluster of points leaves a ring.
 
-    python -m minisiss.study.toy --out toy.png          20 seconds on two CPU cores; needs
-    matplotlib
+    python -m minisiss.study.toy          writes toy.png in 15 seconds; needs matplotlib
 
 An image is one pixel here: of one channel, a number, or of two, a point in the plane. The losses,
 the weights, the steps and the sampler are the package's own.
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from minisiss.lab.cli import Parser, number, run
-from minisiss.lab.data import TrainingSet, nearest_kept, to_uint8
-from minisiss.lab.precision import adamw
-from minisiss.losses import importance_weights
+from minisiss.lab.data import TrainingSet, to_uint8
+from minisiss.losses import importance_weights, naive_deletion, siss
 from minisiss.sampling import sample
 from minisiss.schedule import NoiseSchedule
-from minisiss.unlearning import METHODS, draw_batch, step
+from minisiss.unlearning import draw_batch, ratio_of_norms, step
 
 SCHEDULE = NoiseSchedule.linear()
 CENTRE, WIDTH = torch.tensor([0.2, 0.15]), 0.07  # of the cluster
-KEEP, FORGET, MIXTURE = "#0072B2", "#D55E00", "#333333"  # colour-blind readers tell them apart
-LEVELS = {60: "Low noise: m counts in one loss", 600: "High noise: m counts in both losses"}
-# The rates and ρ were chosen on the seeds 101 and 102.
-UNLEARN = {
-    "Naive deletion: some are left": dict(method="naive_deletion", lr=3e-3),
-    "NegGrad: the ring gets thin": dict(method="neggrad", steps=60, lr=5e-4),
-    "SISS: only the ring is left": dict(method="siss", grad_ratio=0.2),
-    "ReTrack: the same": dict(method="retrack", lr=3e-3, retrack_weight=0.01),
-}
+KEEP, FORGET = "#0072B2", "#D55E00"  # colour-blind readers tell them apart
 
 
-class Denoiser(nn.Module):
-    """ε_θ: a small network on waves of random lengths, scaled as in Karras et al. (2022, table
-    1)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("waves", torch.randn(3, 32) * torch.tensor([[2.0], [2.0], [0.5]]))
-        hidden = [nn.Linear(67, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU()]
-        self.layers = nn.Sequential(*hidden, nn.Linear(96, 2))
-
-    def forward(self, m: Tensor, timesteps: Tensor) -> Tensor:
-        gamma, sigma = SCHEDULE.gamma[timesteps][:, None], SCHEDULE.sigma[timesteps][:, None]
-        z, noise, scale = m.flatten(1) / gamma, sigma / gamma, 0.5  # scale: about the points' own
-        share = scale / (noise**2 + scale**2).sqrt()
-        features = torch.cat([z * share / scale, noise.log()], dim=1)
-        waves = features @ self.waves
-        out = self.layers(torch.cat([features, waves.sin(), waves.cos()], dim=1))
-        return ((z - share * (share * z + noise * out)) / noise).view_as(m)
+def denoise(layers: nn.Module, m: Tensor, timesteps: Tensor) -> Tensor:
+    """ε_θ = σ m + γ v, where the layers predict v (Salimans and Ho 2022)."""
+    gamma, sigma = SCHEDULE.gamma[timesteps][:, None], SCHEDULE.sigma[timesteps][:, None]
+    points = m.flatten(1)
+    v = layers(torch.cat([8 * points, sigma.log()], dim=1))
+    return (sigma * points + gamma * v).view_as(m)
 
 
-def train(model: nn.Module, data: TrainingSet, generator: torch.Generator, method: str = "siss",
-          draw_x: str = "rest", steps: int = 200, lr: float = 1e-3, **numbers: float) -> nn.Module:
-    """A copy of a model, after steps of a method at a rate that falls to 0."""
-    model, row = copy.deepcopy(model), METHODS[method]
-    settings = dict(lam=0.5, superfactor=None, nearest=nearest_kept(data, 10)) | numbers
-    loss, c = row.loss_of(model, SCHEDULE, settings), row.c_of(settings)
-    optimizer = adamw(model, lr)
-    for taken in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - taken / steps)
-        step(loss, draw_batch(data, 256, SCHEDULE, generator, draw_x), c, optimizer)
-    return model
+def train(layers: nn.Module, data: TrainingSet, loss: Callable, c: float | Callable, steps: int,
+          lr: float, draw_x: str = "rest") -> nn.Module:
+    """A copy of a network after steps of a method."""
+    layers = copy.deepcopy(layers)
+    loss = partial(loss, partial(denoise, layers), schedule=SCHEDULE)
+    optimizer = torch.optim.AdamW(layers.parameters(), lr)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        batch = draw_batch(data, 256, SCHEDULE, generator, draw_x)
+        step(loss, batch, c, optimizer)
+    return layers
 
 
-def learn_and_forget(seed: int) -> dict[str, nn.Module]:
-    """By title models of a ring with a cluster inside, of the ring alone, and after each method."""
-    generator, n, k = torch.manual_seed(seed), 2000, 240
-    angle, radius = 2 * torch.pi * torch.rand(n - k), 0.75 + 0.05 * torch.randn(n - k)
-    ring = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
-    points = torch.cat([ring, CENTRE + WIDTH * torch.randn(k, 2)])
-    data, new = TrainingSet(to_uint8(points)[..., None, None], k), Denoiser()
-    both = train(new, data, generator, "naive_deletion", "all", 1000, 5e-3)
-    aim = train(new, data, generator, "naive_deletion", "rest", 1000, 5e-3)
-    models = {"Before: ring and cluster": both, "The aim: retrained without it": aim}
-    for title, settings in UNLEARN.items():
-        models[title] = train(both, data, generator, **settings)
-    return models
+def learn_and_forget() -> dict[str, nn.Module]:
+    """Networks by title. The rates and ρ were chosen with the seed 101."""
+    torch.manual_seed(0)
+    angle = 2 * torch.pi * torch.rand(1760)
+    circle = torch.stack([angle.cos(), angle.sin()], dim=1)
+    ring = 0.75 * circle + 0.05 * torch.randn(1760, 2)
+    cluster = CENTRE + WIDTH * torch.randn(240, 2)
+    points = torch.cat([ring, cluster])[:, :, None, None]
+    data = TrainingSet(to_uint8(points), k=240)
+    layers = nn.Sequential(
+        nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
+        nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+    before = train(layers, data, naive_deletion, 0.0, 2500, lr=1e-3, draw_x="all")
+    by_norms = partial(ratio_of_norms, grad_ratio=0.1)
+    return {
+        "Before": before,
+        "The aim: retrained": train(layers, data, naive_deletion, 0.0, 2500, lr=1e-3),
+        "Naive deletion": train(before, data, naive_deletion, 0.0, 200, lr=5e-4),
+        "SISS": train(before, data, partial(siss, lam=0.5), by_norms, 200, lr=5e-4),
+    }
 
 
-def draw_weights(figure: SubFigure) -> None:
-    """The noisy images m of the numbers x = −0.6 and a = 0.6, and how much each m counts for
-    them."""
-    figure.suptitle("1  One noisy image m serves two losses, and no weight exceeds 2")
+def draw_weights(left: Axes, right: Axes, t: int) -> None:
+    """The densities of the noisy images m of two numbers x and a, and the weights of each m."""
     m = torch.linspace(-2.1, 2.1, 400)[:, None]
     x, a = torch.full_like(m, -0.6), torch.full_like(m, 0.6)
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    for (over, under), (t, title) in zip(axes.T, LEVELS.items(), strict=True):
-        gamma, sigma = SCHEDULE.gamma[t].expand(len(m)), SCHEDULE.sigma[t].expand(len(m))
-        weights = importance_weights(m, x, a, gamma, sigma, lam=0.5)
-        _, unbounded = importance_weights(m, x, a, gamma, sigma, lam=0.0)
-        for name, image, w, colour in zip("xa", (x, a), weights, (KEEP, FORGET), strict=True):
-            density = Normal(gamma[0] * image, sigma[0]).log_prob(m).exp()[:, 0]
-            over.fill_between(m[:, 0], density, color=colour, alpha=0.35, label=f"q(m|{name})")
-            under.plot(m, w, color=colour, label=f"$w_{name}$")
-        under.plot(m, unbounded, color=FORGET, ls=":", label="$w_a$ at λ = 0")
-        under.axhline(2, color=MIXTURE, lw=1, ls="--", label="1/λ = 2")
-        over.set(title=title, yticks=[])
-        under.set(xlabel=f"m at t = {t}", ylim=(-0.1, 3.6))
-    axes[0, 1].legend(frameon=False)
-    axes[1, 1].legend(frameon=False, ncols=2)
+    gamma, sigma = SCHEDULE.gamma[[t]], SCHEDULE.sigma[[t]]
+    left.plot(m, Normal(gamma * x, sigma).log_prob(m).exp(), color=KEEP, label="q(m|x)")
+    left.plot(m, Normal(gamma * a, sigma).log_prob(m).exp(), color=FORGET, label="q(m|a)")
+    w_x, w_a = importance_weights(m, x, a, gamma, sigma, lam=0.5)
+    _, unbounded = importance_weights(m, x, a, gamma, sigma, lam=0.0)
+    right.plot(m, w_x, color=KEEP, label="$w_x$")
+    right.plot(m, w_a, color=FORGET, label="$w_a$")
+    right.plot(m, unbounded, color=FORGET, linestyle=":", label="$w_a$ at λ = 0")
+    left.set(title=f"Densities of m, t = {t}", ylim=(0, 2.2))
+    right.set(title=f"Weights of m, t = {t}", ylim=(-0.1, 3.6))
+    left.legend(frameon=False)
+    right.legend(frameon=False)
 
 
-def draw_points(figure: SubFigure, models: dict[str, nn.Module], seed: int) -> None:
-    """What each model samples, the cluster in its own colour."""
-    figure.suptitle("2  Forget the cluster, keep the ring")
-    for axis, (title, model) in zip(figure.subplots(2, 3).flat, models.items(), strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        points = sample(model, SCHEDULE, (2000, 2, 1, 1), generator=generator).flatten(1)
-        inside = (points - CENTRE).norm(dim=1) < 3 * WIDTH
-        axis.scatter(*points[~inside].T, s=3, color=KEEP)
-        axis.scatter(*points[inside].T, s=3, color=FORGET)
-        words = f"{inside.float().mean():.1%} in the cluster"
-        axis.set(title=title, xlabel=words, xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[])
-        axis.set_aspect("equal")
-
-
-def main() -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--out", default="toy.png", help="the picture to write")
-    parser.add_argument("--seed", type=number(int, 0), default=0)
-    args = parser.parse_args()
-    figure = Figure(figsize=(9, 10), dpi=110, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[4, 6])
-    draw_weights(above)
-    draw_points(below, learn_and_forget(args.seed), args.seed)
-    figure.savefig(args.out)
-    print(f"written to {args.out}")
-    return 0
+def draw_points(axes: Axes, title: str, layers: nn.Module) -> None:
+    """What a network samples, the cluster in its own colour."""
+    model, generator = partial(denoise, layers), torch.Generator().manual_seed(0)
+    points = sample(model, SCHEDULE, (2000, 2, 1, 1), generator=generator).flatten(1)
+    inside = (points - CENTRE).norm(dim=1) < 3 * WIDTH
+    axes.scatter(*points[~inside].T, s=1, color=KEEP)
+    axes.scatter(*points[inside].T, s=1, color=FORGET)
+    axes.set(title=title, xlabel=f"{inside.float().mean():.1%} in the cluster")
+    axes.set(aspect="equal", xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[])
 
 
 if __name__ == "__main__":
-    run(main)
+    figure = Figure(figsize=(12, 6), dpi=100, layout="constrained")
+    above, below = figure.subplots(2, 4)
+    draw_weights(above[0], above[1], t=60)
+    draw_weights(above[2], above[3], t=600)
+    for axes, (title, layers) in zip(below, learn_and_forget().items(), strict=True):
+        draw_points(axes, title, layers)
+    figure.savefig("toy.png")

@@ -1,17 +1,20 @@
-"""The device, and one run on several: `torchrun --nproc-per-node N unlearn.py …`.
+"""The device, its precision, and one run on several: `torchrun --nproc-per-node N unlearn.py …`.
 
 Every process, or rank, runs the whole script and makes the same random draws. It computes its share
 of a batch, and `unlearning.step` adds the gradients up. Rank 0 alone speaks and writes files.
 """
 
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from minisiss.lab.cli import UserError
+from minisiss.schedule import Model
 
 
 def start(name: str, batch_size: int = 0) -> torch.device:
@@ -70,3 +73,35 @@ def leave() -> None:
     """Part from the other ranks at the end of a run that went well."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor computes bfloat16 natively; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # A private name, which the oldest torch that will do lacks.
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW on all parameters of a model, in one kernel where torch has one."""
+    parameters = list(model.parameters())
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, lr=lr, fused=fused)
+
+
+def at_precision(device: torch.device, precision: str, compiled: bool,
+                 model: nn.Module) -> Model:
+    """The network as a function that computes in bfloat16 or float32; weights stay float32.
+
+    Called as `predict(x, timesteps, prompt=None)`. Returns float32.
+    """
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    if compiled:
+        model = torch.compile(model)
+
+    def predict(x: Tensor, timesteps: Tensor, prompt: Tensor | None = None) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            return model(x, timesteps, prompt).float()
+
+    return predict
