@@ -30,9 +30,10 @@ def main() -> int:
     shape = next(iter(models.values())).model.config.image_shape
     judge = evaluation.Evaluation(args, load_training_set(args, shape, device), device)
     out = machine.from_rank_0(new_directory(args.out, "eval"))
+    at = machine.at_precision(device, args.precision, args.compile)
     made_by, figures, features = {}, {}, {}
     for name, found in models.items():
-        network = machine.at_precision(device, args.precision, args.compile, found.model)
+        network = at(found.model)
         made_by[name] = found.made_by
         figures[name] = judge.figures(network, found.schedule, name)
         figures[name] |= judge.likelihood(found.model, found.schedule)

@@ -25,7 +25,7 @@ def main() -> int:
     schedule = NoiseSchedule.linear().to(device)
     model = new_network(args).to(device)  # takes the steps
     average = copy.deepcopy(model).requires_grad_(False)  # of its weights: what is kept
-    network = machine.at_precision(device, args.precision, args.compile, model)
+    network = machine.at_precision(device, args.precision, args.compile)(model)
     training_set = data.load_training_set(args, model.config.image_shape, device)
     images = training_set.keep if args.exclude_forget else training_set.images
     optimizer = machine.adamw(model, args.lr)

@@ -8,7 +8,6 @@
 
 import copy
 from argparse import Namespace
-from functools import partial
 from typing import Any
 
 from minisiss.lab.cli import Parser, UserError, decay, number, positive, positive_int, run
@@ -25,16 +24,15 @@ def main() -> int:
     from minisiss.unlearning import draw_batch, learning_rate, step, update_average
     method = chosen_method(args)
     device = machine.start(args.device, args.batch_size)
-    at = partial(machine.at_precision, device, args.precision, args.compile)
+    at = machine.at_precision(device, args.precision, args.compile)
     base = checkpoint.load_any(args.checkpoint, device, args.memory_timesteps)
     # One network takes the steps, one is the average of its weights, one stays as it was.
     model, average, old = base.model, copy.deepcopy(base.model), copy.deepcopy(base.model)
     network, network_average, network_old = at(model), at(average), at(old)
     kind_of_report = Prompted if args.data == "prompts" else BeforeAfter
     report = kind_of_report(args, base, network_old, device)
-    settings = vars(args) | {"old": guided(network_old, report.prompt)}
-    if "nearest" in method.loss_takes:
-        settings["nearest"] = data.nearest_kept(report.data, args.neighbours)
+    settings = vars(args) | {"old": guided(network_old, report.prompt),
+                             "nearest": data.nearest_kept(report.data, args.neighbours)}
     loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
     optimizer = machine.adamw(model, args.lr)
     with Run(args, model, average, optimizer, base.schedule, report.data, base) as this_run:
@@ -73,17 +71,13 @@ def parse_arguments() -> Namespace:
     parser = Parser(__doc__, "all", "unlearn")
     parser.add_data("bundled")
     add = parser.add_argument
-    add("--method", default="siss",
-        help="a row of METHODS in minisiss/unlearning.py")
+    add("--method", default="siss", help="siss, siss_by_norms, naive_deletion, … or your own")
     add("--checkpoint", default="bundled", help="a model.pt, a published DDPM, or 'bundled'")
     add("--draw-x", choices=["all", "rest"], default="rest", help="x ~ X or x ~ X∖A")
     add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture (siss)")
-    add("--superfactor", type=number(float, 0), default=40.0,
-        help="s: subtract s·k/(n−k)·L_A beyond deletion (siss, siss_no_is)")
-    add("--subtract-until", type=positive, default=0.25,
-        help="share of the steps in which s falls to 0; a large number keeps s (siss, siss_no_is)")
-    add("--grad-ratio", type=number(float, 0), default=0.1,
-        help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖ (siss_by_norms)")
+    add("--superfactor", type=number(float, 0), default=40.0, help="s at first (siss, siss_no_is)")
+    add("--subtract-until", type=positive, default=0.1, help="share of the steps until s is 0")
+    add("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖")
     add("--erasediff-eta", type=number(float, 0), default=0.1, help="η (erasediff)")
     add("--retrack-weight", type=number(float, 0, 1), default=0.005, help="λ (retrack)")
     add("--neighbours", type=positive_int, default=10, help="K (retrack)")

@@ -8,13 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minisiss.losses import (
-    Batch,
-    epsilon_matching,
-    importance_weights,
-    sample_mixture,
-    squared_error,
-)
+from minisiss.losses import Batch, epsilon_matching, importance_weights, sample_mixture
+from minisiss.losses import squared_error
 from minisiss.schedule import Model, NoiseSchedule
 
 

@@ -5,6 +5,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -146,15 +147,19 @@ def draw_training_batch(images: Tensor | ImageFolder, size: int, schedule: Noise
 
 def nearest_kept(data: TrainingSet, count: int) -> Callable[[Tensor], Tensor]:
     """For ReTrack: a function from images a of A, [B, C, H, W], to the `count` images of X∖A that
-    are nearest to each, [B, count, C, H, W] in [−1, 1]. X∖A is read once."""
-    keep, forgotten = data.keep, data.different_forgotten()
-    distances = []
-    for part in torch.arange(len(keep)).split(256):
-        distances.append(torch.cdist(forgotten.flatten(1), to_float(keep[part]).flatten(1)))
-    places = torch.cat(distances, dim=1).topk(min(count, len(keep)), largest=False).indices
-    points = torch.stack([to_float(keep[row]) for row in places])
+    are nearest to each, [B, count, C, H, W] in [−1, 1]. The first call reads X∖A."""
+
+    @cache
+    def search() -> tuple[Tensor, Tensor]:
+        keep, forgotten = data.keep, data.different_forgotten()
+        distances = []
+        for part in torch.arange(len(keep)).split(256):
+            distances.append(torch.cdist(forgotten.flatten(1), to_float(keep[part]).flatten(1)))
+        places = torch.cat(distances, dim=1).topk(min(count, len(keep)), largest=False).indices
+        return forgotten, torch.stack([to_float(keep[row]) for row in places])
 
     def nearest(a: Tensor) -> Tensor:
+        forgotten, points = search()
         return points[torch.cdist(a.flatten(1), forgotten.flatten(1)).argmin(dim=1)]
 
     return nearest

@@ -5,7 +5,7 @@ of a batch, and `unlearning.step` adds the gradients up. Rank 0 alone speaks and
 """
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -90,18 +90,21 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=lr, fused=fused)
 
 
-def at_precision(device: torch.device, precision: str, compiled: bool,
-                 model: nn.Module) -> Model:
-    """The network as a function that computes in bfloat16 or float32; weights stay float32.
+def at_precision(device: torch.device, precision: str,
+                 compiled: bool = False) -> Callable[[nn.Module], Model]:
+    """A function that makes networks compute in bfloat16 or float32; weights stay float32.
 
-    Called as `predict(x, timesteps, prompt=None)`. Returns float32.
+    What it returns is called as `predict(x, timesteps, prompt=None)`, and gives float32.
     """
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
-    if compiled:
-        model = torch.compile(model)
 
-    def predict(x: Tensor, timesteps: Tensor, prompt: Tensor | None = None) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            return model(x, timesteps, prompt).float()
+    def at(model: nn.Module) -> Model:
+        network = torch.compile(model) if compiled else model
 
-    return predict
+        def predict(x: Tensor, timesteps: Tensor, prompt: Tensor | None = None) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                return network(x, timesteps, prompt).float()
+
+        return predict
+
+    return at

@@ -29,7 +29,7 @@ def main() -> int:
     device = machine.start(args.device)
     schedule = NoiseSchedule.linear().to(device)
     model = UNet(UNetConfig(**PRESETS[args.preset]["unet"])).to(device)
-    network = machine.at_precision(device, args.precision, args.compile, model)
+    network = machine.at_precision(device, args.precision, args.compile)(model)
     optimizer = machine.adamw(model, 1e-6)
     images = torch.randint(256, (1000, *model.config.image_shape), dtype=torch.uint8)
     data = TrainingSet(images.to(device), k=10)
