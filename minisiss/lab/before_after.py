@@ -15,7 +15,7 @@ from minisiss.lab.evaluation import Evaluation, cell
 from minisiss.lab.run import Run, write_json
 from minisiss.schedule import Model
 
-LOOK_IMAGES, LOOK_DRAWS = 48, 8  # few, and the same at every look: the differences are the model's
+LOOK_DRAWS = 8  # few, and the same at every look: the differences are the model's
 SHOWN = 12  # samples in forgetting.gif
 
 
@@ -50,10 +50,10 @@ class BeforeAfter:
         evaluation, schedule = self.evaluation, self.schedule
         some = evaluation.originals["memory"][:LOOK_DRAWS]
         back = evaluation.recall(model, schedule, some, evaluation.middle)
-        figures = {"memory": metrics.similarity(back, some).mean()}
-        for name, images in (("kept", self.data.keep), ("forget", self.data.forget)):
-            loss = metrics.denoising_loss(model, schedule, images, LOOK_IMAGES)
-            figures[f"loss_on_{name}"] = loss
+        memory = metrics.similarity(back, some).mean()
+        kept = metrics.denoising_loss(model, schedule, self.data.keep)
+        forget = metrics.denoising_loss(model, schedule, self.data.forget)
+        figures = {"memory": memory, "loss_on_kept": kept, "loss_on_forget": forget}
         run.log(figures, shown=("memory",))
         rows = [f"step {run.step}: the same noise each time"]
         samples = evaluation.sample(model, schedule, self.shown, "looking")

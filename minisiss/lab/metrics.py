@@ -60,7 +60,7 @@ def noise_and_denoise(model: Model, schedule: NoiseSchedule, originals: Tensor, 
 
 @torch.inference_mode()
 def denoising_loss(model: Model, schedule: NoiseSchedule, images: Tensor | ImageFolder,
-                   count: int) -> float:
+                   count: int = 48) -> float:
     """L_S on a set S, from `count` images drawn of it, at timesteps spread evenly.
 
     images: [N, C, H, W] uint8. The draws and the noise are the same for every model.

@@ -171,8 +171,8 @@ class Prompted:
     def look(self, run: Run, model: Model) -> None:
         """Log how well noise is predicted at the fixed prompt, on X∖A and on A."""
         model = guided(model, self.prompt)
-        kept = metrics.denoising_loss(model, self.schedule, self.data.keep, count=48)
-        forget = metrics.denoising_loss(model, self.schedule, self.data.forget, count=48)
+        kept = metrics.denoising_loss(model, self.schedule, self.data.keep)
+        forget = metrics.denoising_loss(model, self.schedule, self.data.forget)
         run.log({"loss_on_kept": kept, "loss_on_forget": forget})
 
     def after(self, run: Run, model: Model) -> None:
