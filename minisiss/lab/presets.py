@@ -22,27 +22,27 @@ PRESETS: dict[str, dict[str, dict]] = {
                         subtract_until=0.04),
         # With x ~ X only c > 1 pushes away from A. At ρ = 1 c falls from some 40 to 2.
         "unlearn siss_by_norms": dict(steps=150, lr=5e-5, grad_ratio=1.0, draw_x="all"),
-        "unlearn naive_deletion": dict(lr=1e-3),
-        "unlearn neggrad": dict(steps=60, lr=1e-5),
-        "unlearn erasediff": dict(steps=30, lr=3e-5),
-        "unlearn retrack": dict(steps=50, batch_size=128, lr=5e-5, ema=0.0),  # as published
+        "unlearn naive_deletion": dict(steps=150, lr=2e-3),
+        "unlearn neggrad": dict(steps=60, lr=2e-5),
+        "unlearn erasediff": dict(steps=30, lr=6e-5),
+        "unlearn retrack": dict(steps=50, batch_size=128, lr=1e-4, ema=0.0),
         # Its targets have no noise: few steps at a high rate.
-        "unlearn old_targets": dict(steps=45, lr=1e-4, evaluate_every=9),
+        "unlearn old_targets": dict(steps=45, lr=2e-4, evaluate_every=9),
     },
     # The same network with prompts, of which it has memorised 50: see lab/prompted.py.
     "prompts": {
         "all": dict(data="prompts", sampling_steps=10),
         "unlearn": dict(method="siss_by_norms", checkpoint="bundled-prompts", guidance=1.5,
                         steps=35, batch_size=16, lr=6e-4, evaluate_every=35, grad_ratio=0.2),
-        "unlearn erasediff": dict(lr=1e-4),
-        "unlearn neggrad": dict(lr=3e-5),
-        "unlearn retrack": dict(lr=7e-4),
+        "unlearn erasediff": dict(lr=2e-4),
+        "unlearn neggrad": dict(lr=6e-5),
+        "unlearn retrack": dict(lr=1.4e-3),
     },
     # The paper's MNIST model, for a GPU.
     "mnist": {
         "unet": RECENT | dict(channels=(64, 128, 256), head_channels=8),
         "train": dict(steps=50_000, batch_size=128, lr=1e-4, warmup=500, ema=0.9999),
-        "unlearn": dict(steps=150, batch_size=128, lr=1e-4, ema=0.9),
+        "unlearn": dict(steps=400, batch_size=128, lr=1e-4, ema=0.95),
     },
     # The paper's main experiment, from the published google/ddpm-celebahq-256: for a GPU.
     "celebahq": {
