@@ -76,7 +76,7 @@ def parse_arguments() -> Namespace:
     add("--draw-x", choices=["all", "rest"], default="rest", help="x ~ X or x ~ X∖A")
     add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture (siss)")
     add("--superfactor", type=number(float, 0), default=90.0, help="s at first (siss, siss_no_is)")
-    add("--subtract-until", type=positive, default=0.04, help="share of the steps until s is 0")
+    add("--subtract-until", type=positive, default=0.05, help="share of the steps until s is 0")
     add("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖")
     add("--erasediff-eta", type=number(float, 0), default=0.1, help="η (erasediff)")
     add("--retrack-weight", type=number(float, 0, 1), default=0.005, help="λ (retrack)")

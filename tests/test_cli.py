@@ -104,7 +104,7 @@ def test_defaults_are_the_declared_ones_or_the_presets(preset, parse):
 
 def test_the_declared_defaults_are_those_of_the_papers(parse):
     expected = dict(method="siss", draw_x="rest", lam=0.5, grad_ratio=0.1, superfactor=90.0,
-                    subtract_until=0.04, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, ema=0.0, steps=60)
+                    subtract_until=0.05, erasediff_eta=0.1, retrack_weight=0.005, neighbours=10, ema=0.0, steps=60)
     assert parse("unlearn", "--preset", "nothing").items() >= expected.items()
 
 

@@ -18,8 +18,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         # At large t all noisy images are alike, and the loss has a least value only if
         # s < (n−k)/k = 100. s begins near it: then forgetting begins at large t, and turns the
         # T-shirt into digits. With s = 12 some seeds turn it into a white square.
-        "unlearn": dict(steps=400, batch_size=64, lr=1e-4, ema=0.95, draws=16, superfactor=90.0,
-                        subtract_until=0.04),
+        "unlearn": dict(steps=320, batch_size=64, lr=1e-4, ema=0.95, draws=16, superfactor=90.0,
+                        subtract_until=0.05, evaluate_every=40),
         # With x ~ X only c > 1 pushes away from A. At ρ = 1 c falls from some 40 to 2.
         "unlearn siss_by_norms": dict(steps=150, lr=5e-5, grad_ratio=1.0, draw_x="all"),
         "unlearn naive_deletion": dict(steps=150, lr=2e-3),
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "mnist": {
         "unet": RECENT | dict(channels=(64, 128, 256), head_channels=8),
         "train": dict(steps=50_000, batch_size=128, lr=1e-4, warmup=500, ema=0.9999),
-        "unlearn": dict(steps=400, batch_size=128, lr=1e-4, ema=0.95),
+        "unlearn": dict(steps=320, batch_size=128, lr=1e-4, ema=0.95),
     },
     # The paper's main experiment, from the published google/ddpm-celebahq-256: for a GPU.
     "celebahq": {
