@@ -113,7 +113,7 @@ def test_help_shows_the_values_of_preset_and_method(script, monkeypatch):
     status, said, error = script("unlearn", "--preset", "mnist-tiny", "--help")
     assert (status, error) == (0, "") and "optimizer steps (default: 6)" in said
     _, said, _ = script("unlearn", "--method", "naive_deletion", "--help")
-    assert "falls to 0 (default: 0.001)" in said and "(default: None)" not in said
+    assert "falls to 0 (default: 0.002)" in said and "(default: None)" not in said
 
 
 def test_a_preset_can_choose_the_method(parse, monkeypatch):
