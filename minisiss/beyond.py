@@ -1,4 +1,4 @@
-"""Two losses that are not in the paper, in the form of those in `losses`.
+"""Two losses that are not in the paper, in the same form as in `losses`.
 
 ReTrack is Shi et al. (AISTATS 2026). `old_targets` is this project's own.
 """

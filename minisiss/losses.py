@@ -23,12 +23,12 @@ def siss(model: Model, batch: "Batch", schedule: NoiseSchedule,
         x ~ X∖A:  E[           w_x ‖ε_x − ε_θ(m_t)‖² −    s  · k/(n−k) · w_a ‖ε_a − ε_θ(m_t)‖² ]
 
     m_t is a noisy image of a with probability λ, else of x. ε_x = (m_t − γ_t x)/σ_t and ε_a are the
-    noises that lead to m_t from x and from a; the weights w_x and w_a correct for the choice; s is
-    how many times L_A is subtracted beyond deletion. The first form is the paper's main text, the
-    second its appendix A.1. Both are L_{X∖A} − s · k/(n−k) · L_A for every λ and every network.
+    noises that lead to m_t from x and from a; the weights w_x and w_a correct for the choice. The
+    first form is the paper's main text, the second its appendix A.1. Both are
+    L_{X∖A} − s · k/(n−k) · L_A, for every λ and every network.
 
-    Returns keep and forget, [B] each: what stands before the minus sign, and what stands behind it
-    without (1+s) or s.
+    Returns keep and forget, [B] each. keep is the term before the minus sign. forget is the term
+    after it, without the factor (1+s) or s, which is c of `unlearning.step`.
     """
     x, a, t = batch.x, batch.a, batch.timesteps
     gamma, sigma = schedule.gamma[t], schedule.sigma[t]
@@ -63,7 +63,7 @@ def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Te
         w_x = 1/((1−λ) + λ e^Δ),   w_a = 1/((1−λ) e^−Δ + λ),   Δ = log q(m|a) − log q(m|x)
 
     Δ is a difference of two squared distances, ‖m − γx‖²/2σ² − ‖m − γa‖²/2σ². Both are large and
-    nearly equal, and float32 would lose their difference. Their common part cancels on paper:
+    nearly equal, and float32 would lose their difference. Algebra removes their common part:
     Δ = γ/σ² · ⟨x − a, γ (x + a)/2 − m⟩. It is cut at ±40, which matters at λ = 0 and 1 only.
 
     m, x, a: [B, C, H, W]; gamma, sigma, w_x, w_a: [B]. Raises ValueError unless 0 ≤ λ ≤ 1.
@@ -79,7 +79,7 @@ def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Te
 
 
 def squared_error(target: Tensor, prediction: Tensor) -> Tensor:
-    """‖target − prediction‖² per image, [B], as a mean over pixels: then image sizes compare."""
+    """‖target − prediction‖² per image, [B]: a mean over pixels, the same for every image size."""
     return (target - prediction).pow(2).flatten(1).mean(dim=1)
 
 

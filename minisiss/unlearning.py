@@ -61,9 +61,9 @@ def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Ru
     """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`.
 
     loss: batch -> keep, forget, [B] each. batch: a `Batch`, or another record of tensors [B, …].
-    c: with a number one backward pass is enough; a rule needs both gradients, and so two backward
-    passes, for SISS through the same graph. parts: the batch is cut into this many parts, which go
-    through the network one after the other: less memory, the same step. Under torchrun each process
+    c: a number needs one backward pass. A rule needs both gradients, so two backward passes; those
+    of SISS go through the same graph. parts: the batch is cut into this many parts, which go through
+    the network one after the other: less memory, the same step. Under torchrun each process
     computes its share of the batch.
 
     Returns the step's figures, scalar tensors; "norm" is that of g before it is clipped. Raises
@@ -172,21 +172,20 @@ METHODS = {
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """average ← decay · average + (1 − decay) · model, for every parameter.
 
-    The decay is smaller in the first steps: else a short run would show the weights from before.
+    The decay is smaller in the first steps: else a short run would end near the old weights.
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0) -> float:
-    """Linear warm-up, then a cosine from the peak to 0 at the last step."""
+    """A cosine from the peak at step 0 to 0 at step `steps`, times a linear warm-up."""
     rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
     return peak * rising * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def parts_of(batch: Any, count: int) -> list[Any]:
-    """Cut a batch, a record of tensors [B, …], into at most `count` batches. The rest of it
-    stays."""
+    """Cut the tensors of a batch, [B, …], into at most `count` batches. Other fields are copied."""
     size = len(batch.timesteps)
     parts = []
     for places in torch.arange(size).tensor_split(min(count, size)):

@@ -44,7 +44,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint. Raises UserError, naming the file, for what is no whole one of ours."""
+    """Read a checkpoint. Raises UserError, naming the file, where it is damaged or foreign."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     with files.reading(path):

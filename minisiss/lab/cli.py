@@ -165,7 +165,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_config(directory: str) -> dict[str, Any]:
-    """The settings that a run was started with. Raises UserError where there is no run."""
+    """The settings that a run was started with. Raises UserError where a run is missing."""
     path = Path(directory) / "config.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -63,7 +63,7 @@ class ImageFolder:
 
 
 def find_pictures(root: Path) -> list[str]:
-    """The names of the pictures in a folder and its subfolders, sorted. Hidden ones are no data.
+    """The names of the pictures in a folder and its subfolders, sorted. Hidden ones are passed over.
 
     Raises UserError where there are none, and for a link to a folder.
     """
@@ -100,7 +100,7 @@ def refuse_copies(root: Path, kept: list[str], forget: list[str]) -> None:
 def read_picture(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
     """Read a picture as [C, H, W] uint8, C = 1 or 3; what is transparent becomes white.
 
-    Raises UserError, naming the file, for what is no picture.
+    Raises UserError, naming the file, if it cannot be decoded.
     """
     channels, height, width = image_shape
     try:

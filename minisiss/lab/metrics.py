@@ -144,8 +144,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     6).
 
     The squared 2-Wasserstein distance of the Gaussians with these moments. Σ_a Σ_b has the
-    eigenvalues of the symmetric Σ_a^½ Σ_b Σ_a^½, and the trace of its root is the sum of their
-    roots.
+    eigenvalues of the symmetric Σ_a^½ Σ_b Σ_a^½. The trace of its root is the sum of their roots.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
     values, vectors = torch.linalg.eigh(cov_a)

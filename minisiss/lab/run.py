@@ -1,8 +1,7 @@
 """A run: its directory, its log, its checkpoints, and the loop over its steps.
 
 A run that is stopped or killed and then resumed ends as if nothing had happened, bit for bit on a
-CPU: a checkpoint has all of its state, and the random draws of a step are a function of seed and
-step.
+CPU. A checkpoint has all of its state. The random draws of a step are a function of seed and step.
 """
 
 import itertools
