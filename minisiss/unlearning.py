@@ -62,9 +62,9 @@ def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Ru
 
     loss: batch -> keep, forget, [B] each. batch: a `Batch`, or another record of tensors [B, …].
     c: a number needs one backward pass. A rule needs both gradients, so two backward passes; those
-    of SISS go through the same graph. parts: the batch is cut into this many parts, which go through
-    the network one after the other: less memory, the same step. Under torchrun each process
-    computes its share of the batch.
+    of SISS go through the same graph. parts: the batch is cut into this many parts, which go
+    through the network one after the other: less memory, the same step. Under torchrun each
+    process computes its share of the batch.
 
     Returns the step's figures, scalar tensors; "norm" is that of g before it is clipped. Raises
     FloatingPointError, before the parameters change, when a loss or a gradient is not finite.

@@ -63,7 +63,7 @@ class ImageFolder:
 
 
 def find_pictures(root: Path) -> list[str]:
-    """The names of the pictures in a folder and its subfolders, sorted. Hidden ones are passed over.
+    """The names of the pictures in a folder and its subfolders, sorted, without hidden ones.
 
     Raises UserError where there are none, and for a link to a folder.
     """
