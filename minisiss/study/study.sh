@@ -21,7 +21,7 @@ once() { # once SCRIPT DIRECTORY FLAGS…: start the run there, or resume it, un
 
 preset=${1:-mnist-small}
 if [ "$preset" = prompts ]; then
-    method=${2:-siss}
+    method=${2:-siss_by_norms}
     python - <<END | head -45 | while IFS= read -r prompt; do
 from minisiss.lab.checkpoint import load_any
 print(*load_any("bundled-prompts").memorised, sep="\n")
@@ -43,7 +43,7 @@ if [ "$preset" != mnist-small ]; then
 fi
 once train_ddpm.py "$study/retrained" --preset "$preset" --data-root "$root" --exclude-forget
 for seed in 0 1 2; do
-    for method in siss siss_no_is naive_deletion neggrad erasediff retrack old_targets; do
+    for method in siss siss_by_norms siss_no_is naive_deletion neggrad erasediff retrack old_targets; do
         once unlearn.py "$study/$method-$seed" --preset "$preset" --data-root "$root" --samples 0 \
             --checkpoint "$base" --method "$method" --seed "$seed"
     done
