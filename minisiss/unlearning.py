@@ -134,7 +134,7 @@ class Method:
     """A row of the table of methods."""
 
     loss: Callable[..., tuple[Tensor, Tensor]]  # (model, batch, schedule, …) -> keep, forget
-    c: float | Callable[..., Tensor | float]  # a number, `c_of_superfactor`, or a rule
+    c: float | Callable[..., Tensor | float]  # a number, of the progress, or a rule
     loss_takes: tuple[str, ...] = ()  # what the loss takes further, by name
     c_takes: tuple[str, ...] = ()  # what c takes further, by name
 
@@ -145,16 +145,20 @@ class Method:
         return partial(self.loss, model, schedule=schedule, **further)
 
     def c_of(self, settings: dict[str, Any], progress: float = 0.0) -> float | Rule:
-        """c for `step`: a number, or a rule as a function of the gradients alone."""
+        """c for `step`: a number, or a rule as a function of the gradients alone.
+
+        A c that takes the progress is a number in each step.
+        """
         if not callable(self.c):
             return self.c
+        settings = settings | {"progress": progress}
         further = {name: settings[name] for name in self.c_takes}
-        if self.c is c_of_superfactor:
-            return c_of_superfactor(progress, **further)
+        if "progress" in further:
+            return self.c(**further)
         return partial(self.c, **further)
 
 
-S = ("superfactor", "subtract_until", "draw_x")
+S = ("progress", "superfactor", "subtract_until", "draw_x")
 # A loss of your own is one function in the form of those in losses.py, and one row here.
 METHODS = {
     "siss": Method(losses.siss, c_of_superfactor, ("lam",), S),

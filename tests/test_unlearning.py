@@ -22,7 +22,7 @@ SETTINGS = dict(
     retrack_weight=0.2, nearest=lambda a: torch.stack([a / 2, a - 0.1], dim=1),
     old_targets_weight=25.0, old=lambda m, t: m * torch.linspace(0, 1, m.shape[-1]),
 )  # fmt: skip
-S = ("superfactor", "subtract_until", "draw_x")
+S = ("progress", "superfactor", "subtract_until", "draw_x")
 # Of each method its loss, its rule or number for c, and the settings that these two take.
 ROWS = {
     "siss": ("siss", "c_of_superfactor", ("lam",), S),
