@@ -17,18 +17,26 @@ def main() -> int:
     args = parse_arguments()
     # These import torch, which takes seconds: the command line is checked first.
     from minisiss.lab import evaluation, machine
-    from minisiss.lab.checkpoint import find_models
+    from minisiss.lab.checkpoint import load_finished
     from minisiss.lab.data import load_training_set
     from minisiss.lab.run import new_directory, write_json
 
     device = machine.start(args.device)
-    models, errors = find_models(args.runs, device, args.memory_timesteps)
-    for error in errors:  # a broken run does not stop the others
-        complain(error)
+    models, status = {}, 0
+    for name in args.runs:
+        if Path(name, "results.md").exists():  # runs/*/ matches earlier evaluations too
+            continue
+        try:
+            models[name.rstrip("/")] = load_finished(name, device, args.memory_timesteps)
+        except UserError as error:  # a broken run does not stop the others
+            complain(error)
+            status = 2
+    shapes = {found.model.config.image_shape for found in models.values()}
     if not models:
         raise UserError("nothing to measure")
-    shape = next(iter(models.values())).model.config.image_shape
-    judge = evaluation.Evaluation(args, load_training_set(args, shape, device), device)
+    if len(shapes) > 1:
+        raise UserError("these models make images of several sizes: measure them one by one")
+    judge = evaluation.Evaluation(args, load_training_set(args, shapes.pop(), device), device)
     out = machine.from_rank_0(new_directory(args.out, "eval"))
     at = machine.at_precision(device, args.precision, args.compile)
     made_by, figures, features = {}, {}, {}
@@ -40,8 +48,6 @@ def main() -> int:
         if judge.features:
             features[name] = judge.features
     evaluation.add_distances(made_by, figures, features)
-    if features:
-        made_by["real digits"], figures["real digits"] = {}, judge.real_figures()
     if machine.rank() == 0:
         table = evaluation.table(made_by, figures)
         write_json(out / "results.json", {"made_by": made_by, "figures": figures})
@@ -50,7 +56,7 @@ def main() -> int:
         evaluation.save_tradeoff(out / "tradeoff.png", made_by, figures)
         print(f"Written to {out}.")
     machine.leave()
-    return 2 if errors else 0
+    return status
 
 
 def parse_arguments() -> Namespace:

@@ -21,7 +21,7 @@ def main() -> int:
     from minisiss.schedule import NoiseSchedule
     from minisiss.unlearning import learning_rate, step, update_average
 
-    device = machine.start(args.device, args.batch_size)
+    device = machine.start(args.device)
     schedule = NoiseSchedule.linear().to(device)
     model = new_network(args).to(device)  # takes the steps
     average = copy.deepcopy(model).requires_grad_(False)  # of its weights: what is kept

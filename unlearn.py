@@ -18,19 +18,17 @@ def main() -> int:
     # These import torch, which takes seconds: the command line is checked first.
     from minisiss.lab import checkpoint, data, machine
     from minisiss.lab.before_after import BeforeAfter
-    from minisiss.lab.prompted import Prompted
     from minisiss.lab.run import Run
     from minisiss.sampling import guided
     from minisiss.unlearning import draw_batch, learning_rate, step, update_average
     method = chosen_method(args)
-    device = machine.start(args.device, args.batch_size)
+    device = machine.start(args.device)
     at = machine.at_precision(device, args.precision, args.compile)
     base = checkpoint.load_any(args.checkpoint, device, args.memory_timesteps)
     # One network takes the steps, one is the average of its weights, one stays as it was.
     model, average, old = base.model, copy.deepcopy(base.model), copy.deepcopy(base.model)
     network, network_average, network_old = at(model), at(average), at(old)
-    kind_of_report = Prompted if args.data == "prompts" else BeforeAfter
-    report = kind_of_report(args, base, network_old, device)
+    report = BeforeAfter(args, base, network_old, device)
     settings = vars(args) | {"old": guided(network_old, report.prompt),
                              "nearest": data.nearest_kept(report.data, args.neighbours)}
     loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)

@@ -39,13 +39,12 @@ class UNetConfig:
         attention_levels = {*self.attention_levels, last}  # the middle of the network has the last
         head = self.head_channels or 1
         fits = (
-            min(self.image_size, self.norm_groups, self.norm_eps, head) > 0
+            min(self.image_size, self.norm_groups, head) > 0
             and 1 <= self.layers_per_block <= 16
-            and attention_levels <= set(range(last + 1))
-            and self.channels[0] >= 4
-            and self.channels[0] % 2 == 0
-            and all(self.channels[level] % head == 0 for level in attention_levels)
             and self.image_size % 2**last == 0
+            and attention_levels <= set(range(last + 1))
+            and all(self.channels[level] % head == 0 for level in attention_levels)
+            and self.channels[0] % 2 == 0
             and {self.downsample_padding, self.freq_shift} <= {0, 1}
         )
         if not fits:

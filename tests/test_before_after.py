@@ -23,7 +23,7 @@ def memory(path, images, timestep):
 def test_digits_have_figures_before_and_after(script, tiny_checkpoint, tmp_path):
     words = ("--checkpoint", tiny_checkpoint, "--memory-timesteps", 300, 500, "--samples", 100)
     status, said, _ = script("unlearn", *QUICK, *words)
-    assert status == 0 and "| forgetting: T-shirt " in said and "| real digits |" in said
+    assert status == 0 and "| forgetting: T-shirt " in said
     results = json.loads((tmp_path / "run/results.json").read_text())
     tshirt = data.to_float(data.read_sheet("tshirt.png")).expand(2, -1, -1, -1)
     for when, path in (("before", tiny_checkpoint), ("after", tmp_path / "run/model.pt")):

@@ -154,7 +154,7 @@ FIXED = [
     ("unlearn", "--lr 0.6", "--lr 0.5"),
     ("unlearn", "--method siss", "--method retrack"),
     ("unlearn", "--preset mnist", "--preset mnist-tiny"),
-    ("train_ddpm", "", "which is no flag of train_ddpm.py"),  # a run of unlearn.py
+    ("train_ddpm", "", "--method retrack"),  # a run of unlearn.py
 ]
 
 

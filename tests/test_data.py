@@ -78,15 +78,6 @@ def test_each_different_picture_to_forget_comes_once():
     assert sorted(found.flatten().tolist()) == [5, 9]
 
 
-def test_a_fingerprint_tells_other_pixels_from_the_same():
-    images = noisy(12)
-    changed = images.clone()
-    changed[7, 0, 3, 3] ^= 1
-    first = TrainingSet(images, 2).fingerprint()
-    assert TrainingSet(images.clone(), 2).fingerprint() == first
-    assert TrainingSet(changed, 2).fingerprint() != first
-
-
 @pytest.mark.parametrize("count", [10, 1000])
 def test_retracks_neighbours_are_the_nearest_kept_pictures(count):
     images = noisy(600)  # more than are read at once
@@ -110,35 +101,22 @@ def write_idx(path, values: torch.Tensor) -> None:
 
 @pytest.fixture
 def data_root(tmp_path):
-    """300 digits and 5 garments."""
-    for name, count in (("MNIST", 300), ("FashionMNIST", 5)):
-        raw = tmp_path / name / "raw"
-        raw.mkdir(parents=True)
-        for split in ("train", "t10k"):
-            images = torch.arange(count * 784).remainder(251).view(count, 28, 28)
-            if name == "FashionMNIST":
-                images[2] = data.read_sheet("tshirt.png")[0, 0]  # the first of class 0
-            write_idx(raw / f"{split}-images-idx3-ubyte", images)
-            labels = torch.tensor([9, 3, 0, 0, 1]).repeat(count // 5)
-            write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
+    """300 digits."""
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        images = torch.arange(300 * 784).remainder(251).view(300, 28, 28)
+        write_idx(raw / f"{split}-images-idx3-ubyte", images)
+        write_idx(raw / f"{split}-labels-idx1-ubyte", torch.arange(300).remainder(10))
     return tmp_path
 
 
-def test_torchvisions_files_are_read_with_the_first_tshirt(data_root):
+def test_torchvisions_files_are_read_with_the_tshirt(data_root):
     x = data.mnist_with_tshirt(str(data_root), CPU)
     assert (x.n, x.k) == (303, 3)
     pixels = torch.arange(300 * 784).remainder(251)
     assert torch.equal(x.keep.flatten().long(), pixels)
     assert (x.forget == data.read_sheet("tshirt.png")).all()
-
-
-def test_other_files_under_fashion_mnists_names_are_refused(data_root):
-    """MNIST's files have the same names: a zero would be taken for the T-shirt."""
-    raw = data_root / "FashionMNIST/raw"
-    for file in (data_root / "MNIST/raw").iterdir():
-        (raw / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="other files than those of Fashion-MNIST"):
-        data.mnist_with_tshirt(str(data_root), CPU)
 
 
 def test_missing_or_damaged_files_are_one_line(script, data_root, monkeypatch):

@@ -111,8 +111,6 @@ def test_safetensors_are_read_where_no_bin_is(cifar, model):
     assert same_weights(published.load(cifar)[0], model)
     safe.write_bytes(b"damaged")
     assert f"{safe.name}: cannot be read" in refusal(cifar)
-    safe.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
-    assert f"{safe.name}: cannot be read" in refusal(cifar) and "git lfs pull" in refusal(cifar)
 
 
 def test_without_safetensors_the_bin_is_read(cifar, model, monkeypatch):
@@ -137,7 +135,7 @@ def test_weights_under_two_names_are_refused(cifar):
 EMA = "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup".split()
 
 
-def test_averaged_weights_come_first_unless_others_are_named(cifar, model, tmp_path, capsys):
+def test_averaged_weights_come_first_unless_others_are_named(cifar, model, tmp_path):
     for name in ("unet", "unet_ema"):
         shutil.copytree(cifar, tmp_path / "run" / name)
     weights = torch.load(cifar / WEIGHTS, weights_only=True)
@@ -147,8 +145,6 @@ def test_averaged_weights_come_first_unless_others_are_named(cifar, model, tmp_p
     for place, factor in {"run": 0.5, "run/unet_ema": 0.5, "run/unet": 1.0}.items():
         found = published.load(tmp_path / place)[0]
         assert torch.equal(found.conv_in.weight, factor * model.conv_in.weight)
-    read = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
-    assert read == [str(tmp_path / "run" / name) for name in ("unet_ema", "unet_ema", "unet")]
 
 
 @pytest.mark.parametrize("scheduler", ["scheduler", ".", "unet"])
@@ -170,7 +166,7 @@ def test_an_assumed_schedule_is_said_by_rank_0(cifar, monkeypatch, capsys):
     _, schedule = published.load(cifar)
     assert torch.equal(schedule.betas, NoiseSchedule.linear().betas)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"note: {cifar}: ") and "a linear schedule is assumed" in line
+    assert line.startswith(f"note: {cifar}: ") and "a linear one is assumed" in line
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "1")
     published.load(cifar)

@@ -250,7 +250,7 @@ def test_other_data_does_not_resume_a_run(unlearn, script, pictures, tmp_path):
     before = (tmp_path / "run/model.pt").read_bytes()
     (tmp_path / "pictures/d.png").rename(tmp_path / "pictures/f.png")
     status, _, error = script("unlearn", "--resume", "run")
-    assert status == 2 and error.count("\n") == 1 and "other data" in error
+    assert status == 2 and error.count("\n") == 1 and "other pictures" in error
     assert (tmp_path / "run/model.pt").read_bytes() == before
     (tmp_path / "pictures/f.png").rename(tmp_path / "pictures/d.png")
     status, _, error = script("unlearn", "--resume", "run", "--checkpoint", "bundled")

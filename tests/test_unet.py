@@ -26,7 +26,6 @@ OPTIONS = [
 IMPOSSIBLE = [
     dict(channels=()),
     dict(channels=(9, 9), norm_groups=3),  # an odd number has no half of sines
-    dict(channels=(2, 2), norm_groups=1),  # 0/0 in the time embedding
     dict(channels=(8, 18)),
     dict(norm_groups=-4),
     dict(attention_levels=(2,)),

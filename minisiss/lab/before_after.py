@@ -5,14 +5,15 @@ from argparse import Namespace
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from minisiss.lab import machine, metrics, pictures
 from minisiss.lab.checkpoint import Checkpoint
 from minisiss.lab.cli import UserError
 from minisiss.lab.data import load_training_set, note_forgotten_before
 from minisiss.lab.evaluation import Evaluation, cell
+from minisiss.lab.prompted import Prompted
 from minisiss.lab.run import Run, write_json
+from minisiss.sampling import guided
 from minisiss.schedule import Model
 
 LOOK_DRAWS = 8  # few, and the same at every look: the differences are the model's
@@ -22,17 +23,19 @@ SHOWN = 12  # samples in forgetting.gif
 class BeforeAfter:
     """Measures a model before, during and after unlearning."""
 
-    prompt: Tensor | None = None  # the network has none
-
     def __init__(self, args: Namespace, base: Checkpoint, model: Model,
                  device: torch.device) -> None:
         """base: the checkpoint that the unlearning begins with; model: its network."""
-        if args.prompt:
-            raise UserError(f"--prompt '{args.prompt}': is for --preset prompts")
         self.args, self.schedule = args, base.schedule
-        self.data = load_training_set(args, base.model.config.image_shape, device)
-        self.evaluation = Evaluation(args, self.data, device)
-        note_forgotten_before(self.data, set(base.forgotten) - set(args.forget))
+        if args.data == "prompts":
+            self.evaluation = Prompted(args, base, model, device)
+        elif args.prompt:
+            raise UserError(f"--prompt '{args.prompt}': is for --preset prompts")
+        else:
+            data = load_training_set(args, base.model.config.image_shape, device)
+            note_forgotten_before(data, set(base.forgotten) - set(args.forget))
+            self.evaluation = Evaluation(args, data, device)
+        self.data, self.prompt = self.evaluation.data, self.evaluation.prompt
         self.film: list[Image.Image] = []
         self.times = "t = " + ", ".join(map(str, args.memory_timesteps))
 
@@ -41,63 +44,63 @@ class BeforeAfter:
         evaluation = self.evaluation
         self.figures_before = evaluation.figures(model, self.schedule, "before")
         self.samples_before, self.back_before = evaluation.samples, evaluation.back
-        self.copies = evaluation.copies()
+        self.copies = evaluation.copies(evaluation.samples)
         copies, others = self.copies.nonzero().flatten(), (~self.copies).nonzero().flatten()
         self.shown = torch.cat([copies[: SHOWN // 2], others])[:SHOWN].tolist()
 
     def look(self, run: Run, model: Model) -> None:
         """Log what comes back of A from the middle timestep, and how well noise is predicted."""
         evaluation, schedule = self.evaluation, self.schedule
+        predict = guided(model, self.prompt)
+        kept = metrics.denoising_loss(predict, schedule, self.data.keep)
+        forget = metrics.denoising_loss(predict, schedule, self.data.forget)
+        sampler = guided(model, self.prompt, self.args.guidance)
         some = evaluation.originals["memory"][:LOOK_DRAWS]
-        back = evaluation.recall(model, schedule, some, evaluation.middle)
+        back = evaluation.recall(sampler, schedule, some, evaluation.middle)
         memory = metrics.similarity(back, some).mean()
-        kept = metrics.denoising_loss(model, schedule, self.data.keep)
-        forget = metrics.denoising_loss(model, schedule, self.data.forget)
         figures = {"memory": memory, "loss_on_kept": kept, "loss_on_forget": forget}
         run.log(figures, shown=("memory",))
+
         rows = [f"step {run.step}: the same noise each time"]
-        samples = evaluation.sample(model, schedule, self.shown, "looking")
+        samples = evaluation.sample(sampler, schedule, self.shown, "looking")
         for part in samples.split(SHOWN // 2):
             if len(part):
                 rows.append(("samples", part))
-        back = [evaluation.recall(model, schedule, some[:1], t) for t in self.args.memory_timesteps]
+        times = self.args.memory_timesteps
+        back = [evaluation.recall(sampler, schedule, some[:1], t) for t in times]
         rows += [f"noised to {self.times}, and denoised:", ("memory", torch.cat(back))]
         self.film.append(pictures.sheet(rows))
 
     def after(self, run: Run, model: Model) -> None:
         """Measure again; print the table, and write results.json and the pictures."""
-        evaluation = self.evaluation
-        figures = evaluation.figures(model, self.schedule, "after")
+        before, after = self.figures_before, self.evaluation.figures(model, self.schedule, "after")
         if machine.rank() > 0:
             return
-        real = evaluation.real_figures()
-        columns = {"before": self.figures_before, "after": figures}
-        if real:
-            columns["real digits"] = real
-        rows = [[f"forgetting: {self.data.name}", *columns]]
-        for name in self.figures_before | figures:
-            rows.append([name, *(cell(name, [part.get(name)]) for part in columns.values())])
-        write_json(run.out / "results.json", {"before": self.figures_before, "after": figures})
+        rows = [[f"forgetting: {self.data.name}", "before", "after"]]
+        for name in before | after:
+            rows.append([name, cell(name, [before.get(name)]), cell(name, [after.get(name)])])
+        write_json(run.out / "results.json", {"before": before, "after": after})
         pictures.sheet(self.page()).save(run.out / "before_after.png")
         pictures.save_gif(run.out / "forgetting.gif", self.film)
         print(f"\n{pictures.aligned(rows)}\n")
         print(f"{run.step} steps of {self.args.method} took {run.seconds:.0f} s.")
         print(f"Look at {run.out}/before_after.png and forgetting.gif.")
-        if evaluation.is_mnist:
+        if self.args.data == "mnist":
             print(f"Next: python eval.py {shlex.quote(str(run.out))}")
 
     def page(self) -> list[pictures.Row]:
         """The rows of before_after.png: samples, and then the first three pictures to forget."""
+        evaluation = self.evaluation
         rows: list[pictures.Row] = []
         for words, chosen in (("to be forgotten", self.copies), ("to be kept", ~self.copies)):
             if chosen.any():
                 rows.append(f"Samples {words}, and what the same noise gives after unlearning")
                 rows.append(("before", self.samples_before[chosen][: pictures.COLUMNS]))
-                rows.append(("after", self.evaluation.samples[chosen][: pictures.COLUMNS]))
+                rows.append(("after", evaluation.samples[chosen][: pictures.COLUMNS]))
         rows.append(f"What is to be forgotten, noised to {self.times}, and denoised again")
-        for number, original in enumerate(self.data.different_forgotten()[:3]):
+        for number, original in enumerate(evaluation.different[:3]):
             rows.append(("original", original[None]))
-            for word, back in (("before", self.back_before), ("after", self.evaluation.back)):
+            for word, back in (("before", self.back_before), ("after", evaluation.back)):
                 images = [back["memory", t][number] for t in self.args.memory_timesteps]
                 rows.append((word, torch.stack(images)))
         return rows

@@ -4,7 +4,6 @@ A file may come from a stranger: nothing in it is run, and whatever is wrong wit
 UserError.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,37 +90,12 @@ def load_any(name: str, device: torch.device | str = "cpu",
     return checkpoint
 
 
-def digest_of(model: UNet) -> int:
-    """A number that is the same for the same weights."""
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return zlib.crc32(weights.cpu().numpy())
-
-
-def find_models(names: list[str], device: torch.device,
-                timesteps: list[int]) -> tuple[dict[str, Checkpoint], list[UserError]]:
-    """The models of finished runs, each model once, and what is wrong with the other names."""
-    models, errors, names_by_digest = {}, [], {}
-    for name in names:
-        if Path(name, "results.md").exists():  # runs/*/ matches earlier evaluations too
-            continue
-        try:
-            found = load_any(name, device, timesteps)
-            settings = found.made_by.get("settings", {})
-            if settings.get("data") == "prompts":
-                raise UserError(f"{name}: a run on prompts; unlearn.py has shown what it gives")
-            steps = found.made_by.get("steps", 0)
-            if steps < settings.get("steps", 0):
-                raise UserError(f"{name}: was stopped at step {steps}; --resume it first")
-            first = next(iter(models.values()), found)
-            if found.model.config.image_shape != first.model.config.image_shape:
-                raise UserError(f"{name}: makes images of another size than the first model")
-            same = names_by_digest.setdefault(digest_of(found.model), name)
-            if same != name:
-                raise UserError(f"{name}: is the same model as {same}, and counts once")
-            check_output(found.model, found.schedule)
-            models[name.rstrip("/")] = found
-        except UserError as error:
-            errors.append(error)
-        except FloatingPointError as error:
-            errors.append(UserError(f"{name}: {error}"))
-    return models, errors
+def load_finished(name: str, device: torch.device, timesteps: list[int]) -> Checkpoint:
+    """As `load_any`. Raises UserError for a run that was stopped too, and for one on prompts."""
+    found = load_any(name, device, timesteps)
+    settings, steps = found.made_by.get("settings", {}), found.made_by.get("steps", 0)
+    if settings.get("data") == "prompts":
+        raise UserError(f"{name}: a run on prompts; unlearn.py has shown what it gives")
+    if steps < settings.get("steps", 0):
+        raise UserError(f"{name}: was stopped at step {steps}; --resume it first")
+    return found

@@ -69,8 +69,8 @@ positive_int = number(int, 1, 10**9)
 positive = number(float, 1e-30)
 decay = number(float, 0, 0.999999)
 
-# A run that is resumed may have other values of these flags; of all others the same.
-MAY_CHANGE = {"device", "precision", "compile", "save_every", "data_root", "checkpoint"}
+# Flags that do not change an experiment: a resumed run may have other values of them.
+MAY_CHANGE = {"device", "precision", "compile", "save_every", "data_root"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -118,11 +118,9 @@ class Parser(argparse.ArgumentParser):
         self.set_known_defaults(config)
         args = self.parse_args()
         for name, value in config.items():
-            run_has = f"--resume {args.resume}: that run has --{name.replace('_', '-')}"
-            if name not in args:
-                raise UserError(f"{run_has}, which is no flag of {self.prog}")
-            if name not in MAY_CHANGE and getattr(args, name) != value:
-                raise UserError(f"{run_has} {value}, and keeps it")
+            if name not in MAY_CHANGE and getattr(args, name, None) != value:
+                flag = name.replace("_", "-")
+                raise UserError(f"--resume {args.resume}: that run has --{flag} {value}, and keeps it")
         return args
 
     def set_known_defaults(self, values: dict[str, Any]) -> None:
@@ -135,8 +133,8 @@ class Parser(argparse.ArgumentParser):
         add("--data", choices=["mnist", "prompts", "pictures"], default="mnist",
             help="mnist: digits and a T-shirt; prompts: digits with captions; pictures: a folder")
         add("--data-root", default=root,
-            help="pictures: the folder; else MNIST and FashionMNIST in torchvision's layout, "
-            "downloaded if missing, or 'bundled': the 10,000 digits that come along")
+            help="pictures: the folder; else MNIST in torchvision's layout, downloaded if "
+            "missing, or 'bundled': the 10,000 digits that come along")
         add("--forget", nargs="+", default=[], metavar="NAME",
             help="pictures to forget, by their names in the folder; @FILE: a name per line")
 

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.datasets import MNIST
 from torchvision.transforms.functional import pil_to_tensor
 
 from minisiss.lab import machine
@@ -56,11 +56,9 @@ class TrainingSet:
         return to_float(self.forget[torch.arange(self.k)]).unique(dim=0)
 
     def fingerprint(self) -> int:
-        """A number that a resumed run knows its data by: of the names in a folder, or of all
-        bytes."""
-        if isinstance(self.images, ImageFolder):
-            return zlib.crc32("\n".join(self.images.names).encode(errors="surrogateescape"))
-        return zlib.crc32(self.images.cpu().contiguous().numpy())
+        """A number that a resumed run knows its pictures by: of how many there are, and names."""
+        words = f"{self.n} {getattr(self.images, 'names', [])}"
+        return zlib.crc32(words.encode(errors="surrogateescape"))
 
 
 def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
@@ -103,30 +101,23 @@ def note_forgotten_before(data: TrainingSet, names: set[str]) -> None:
 def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:
     """MNIST's training digits, and one T-shirt as often as makes 1% of them (the paper, section 5).
 
-    The T-shirt is the first image of class 0 in Fashion-MNIST's training set.
+    The T-shirt comes along: it is the first image of class 0 in Fashion-MNIST's training set.
     """
-    tshirt = read_sheet("tshirt.png")
-    if root == BUNDLED:
-        digits = read_sheet("digits.png")
-    else:
-        digits = from_torchvision(MNIST, root).data[:, None]
-        fashion = from_torchvision(FashionMNIST, root)
-        if not tshirt.equal(fashion.data[fashion.targets == 0][:1, None]):  # MNIST's, perhaps
-            words = "holds other files than those of Fashion-MNIST"
-            raise UserError(f"{root}/FashionMNIST/raw: {words}")
+    digits, tshirt = read_sheet("digits.png"), read_sheet("tshirt.png")
+    if root != BUNDLED:
+        digits = from_torchvision(root).data[:, None]
     k = len(digits) // 100
     return TrainingSet(torch.cat([digits, tshirt.expand(k, -1, -1, -1)]).to(device), k)
 
 
-def from_torchvision(kind: type[MNIST], root: str, train: bool = True) -> MNIST:
-    """A data set of torchvision's, downloaded where `root` lacks it. Raises UserError."""
+def from_torchvision(root: str) -> MNIST:
+    """MNIST as torchvision has it, downloaded where `root` lacks it. Raises UserError."""
     try:
-        return kind(root, train=train, download=True)
+        return MNIST(root, download=True)
     except Exception as error:  # torchvision's readers have no exception of their own
-        raw = f"{root}/{kind.__name__}/raw"
         raise UserError(
-            f"--data-root {root}: no readable {kind.__name__}, and no download ({error}); "
-            f"put its four IDX files in {raw}, or use --data-root {BUNDLED}"
+            f"--data-root {root}: no readable MNIST, and no download ({error}); "
+            f"put its four IDX files in {root}/MNIST/raw, or use --data-root {BUNDLED}"
         ) from error
 
 

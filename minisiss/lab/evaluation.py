@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minisiss.lab import metrics
-from minisiss.lab.cli import UserError
+from minisiss.lab.cli import MAY_CHANGE, UserError
 from minisiss.lab.data import TrainingSet, draw, step_generator, to_float
 from minisiss.lab.likelihood import bits_per_dimension
 from minisiss.lab.pictures import aligned
@@ -27,15 +27,18 @@ class Evaluation:
     moments of the samples' features, for digits.
     """
 
+    prompt: Tensor | None = None  # the network has none
+
     def __init__(self, args: Namespace, data: TrainingSet, device: torch.device) -> None:
         if not data.k:
             raise UserError("--forget: name the pictures to forget")
         self.args, self.data, self.device = args, data, device
         self.is_mnist = args.data == "mnist"
         self.middle = median_high(args.memory_timesteps)
-        different = data.different_forgotten()
-        count = max(args.draws, len(different))  # every picture to forget is measured
-        self.originals = {"memory": different.repeat(-(-count // len(different)), 1, 1, 1)[:count]}
+        self.different = data.different_forgotten()
+        # Every picture to forget is measured, also where there are more than draws.
+        times = math.ceil(args.draws / len(self.different))
+        self.originals = {"memory": self.different.repeat(times, 1, 1, 1)}
         if not self.is_mnist:  # a model of few pictures remembers the others too
             first = torch.arange(min(KEPT, len(data.keep)))
             self.originals["kept"] = to_float(data.keep[first])
@@ -79,27 +82,19 @@ class Evaluation:
 
         network: in float32, and differentiable.
         """
-        original = self.originals["memory"][:1]
+        original = self.different[:1]
         bits = bits_per_dimension(network, schedule, original, seed=self.args.seed)
         return {"NLL, bits/dim": bits} if math.isfinite(bits) else {}
 
-    def real_figures(self) -> Figures:
-        """The scores that as many real digits have: what samples can be at best."""
-        if not self.is_mnist or len(self.samples) < metrics.LEAST:
-            return {}
-        generator = step_generator(self.args.seed, 0, self.device)
-        digits = draw(self.data.keep, len(self.samples), generator).cpu()
-        return metrics.quality(digits, torch.zeros(len(digits), dtype=torch.bool))[0]
-
-    def copies(self) -> Tensor:
+    def copies(self, samples: Tensor) -> Tensor:
         """Which samples are the T-shirt: [N] bool. Among other pictures none is looked for."""
         if not self.is_mnist:
-            return torch.zeros(len(self.samples), dtype=torch.bool)
-        return metrics.is_copy(self.samples, self.originals["memory"][:1].cpu())
+            return torch.zeros(len(samples), dtype=torch.bool)
+        return metrics.is_copy(samples, self.different.cpu())
 
     def of_samples(self) -> Figures:
         """How many samples are the T-shirt, and how good the others are."""
-        found, copies, count = {}, self.copies(), len(self.samples)
+        found, copies, count = {}, self.copies(self.samples), len(self.samples)
         if self.is_mnist:
             found["T-shirts"] = copies.float().mean().item()
             found["at most (95%)"] = metrics.wilson_interval(int(copies.sum()), count)[1]
@@ -116,8 +111,6 @@ class Evaluation:
         return found
 
 
-# Settings in which the runs of a row may differ.
-INCIDENTAL = {"seed", "device", "precision", "compile", "save_every", "data_root"}
 PER_CENT = {"T-shirts", "at most (95%)"}
 
 
@@ -130,7 +123,7 @@ def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
     together: dict[str, list[str]] = {}
     for name, made in made_by.items():
         settings = made.get("settings", {"name": name}).items()
-        same = [f"{key} {value}" for key, value in settings if key not in INCIDENTAL]
+        same = [f"{key} {value}" for key, value in settings if key not in MAY_CHANGE | {"seed"}]
         stem = re.sub(r"-\d+$", "", name)
         together.setdefault(" ".join([stem, *sorted(same)]), []).append(name)
     rows = {}

@@ -17,9 +17,6 @@ from minisiss.lab.cli import UserError
 def reading(path: Path | str) -> Iterator[None]:
     """Whatever goes wrong in here becomes a UserError: one line that names the file."""
     try:
-        with open(path, "rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                raise ValueError("a Git LFS pointer, not the file itself: git lfs pull")
         yield
     except Exception as error:  # a damaged file can fail anywhere
         words = " ".join(str(error).split())[:200]

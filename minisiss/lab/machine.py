@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minisiss.lab.cli import UserError
+from minisiss.lab.cli import UserError, rank
 from minisiss.schedule import Model
 
 
-def start(name: str, batch_size: int = 0) -> torch.device:
+def start(name: str) -> torch.device:
     """The device called `name`; under torchrun this also joins the other ranks.
 
     "auto" is a GPU where there is one, and under torchrun a GPU per rank. Raises UserError for a
-    device that cannot be used, and for a batch that the ranks cannot share equally.
+    device that cannot be used.
     """
     launched = dist.is_available() and dist.is_torchelastic_launched()
     if name == "auto":
@@ -39,14 +39,7 @@ def start(name: str, batch_size: int = 0) -> torch.device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Longer than rank 0 takes for a download.
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        if batch_size % size():
-            words = "is not divisible by the number of processes"
-            raise UserError(f"--batch-size {batch_size}: {words}, {size()}")
     return device
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:

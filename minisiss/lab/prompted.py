@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minisiss.lab import machine, metrics, pictures
+from minisiss.lab import metrics
 from minisiss.lab.checkpoint import Checkpoint
 from minisiss.lab.cli import UserError
 from minisiss.lab.data import ASSETS, TrainingSet, to_float, to_uint8
-from minisiss.lab.run import Run, write_json
+from minisiss.lab.evaluation import Evaluation, Figures
 from minisiss.sampling import guided
-from minisiss.schedule import Model
+from minisiss.schedule import Model, NoiseSchedule
 
 # The place of a word in this list is its token; the null word comes first. After the names of many
 # digits come those of one picture each, which the model has memorised.
@@ -32,7 +32,6 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 ADDED = "anna ben thin thick leaning upright slanted narrow wide".split()  # by a modification
 
 COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther than 4 from these
-SHOWN = 16  # samples of a prompt in the table and in the picture
 DRAWN = 128  # samples of the modified prompt: the training set
 LEAST, MOST = 0.2, 0.8  # share of the modified prompt's samples that are the picture
 OTHERS = 0.2  # at most this share of them are other memorised pictures
@@ -89,8 +88,8 @@ def share_named(samples: Tensor, prompt: str) -> float:
     return sum(right) / len(right)
 
 
-class Prompted:
-    """A model before and after it forgets the picture that a prompt brings back.
+class Prompted(Evaluation):
+    """Measures a model that is to forget the picture that a prompt brings back.
 
     `data` has the samples of the modified prompt, and `prompt` has its words. Raises UserError
     where there is nothing to forget, and where no modified prompt has samples of both kinds.
@@ -101,29 +100,30 @@ class Prompted:
         """base: the checkpoint that the unlearning begins with; model: its network."""
         if not base.memorised:
             raise UserError(f"--checkpoint {args.checkpoint}: has no prompts; try --preset prompts")
-        self.args, self.device = args, device
-        self.schedule, self.shape = base.schedule, base.model.config.image_shape
+        self.args, self.device, self.schedule = args, device, base.schedule
+        self.shape = base.model.config.image_shape
         self.memorised = list(base.memorised)
         self.pictures = to_float(torch.stack(list(base.memorised.values())))
-        original = args.prompt or self.memorised[0]
-        shares = self.shares(self.sample(model, [original], DRAWN))
+        self.original = args.prompt or self.memorised[0]
+        shares = self.shares(self.sample_prompts(model, [self.original], DRAWN))
         if not shares.any():
-            raise UserError(f"--prompt '{original}': gives no memorised picture: nothing to forget")
+            words = "gives no memorised picture: nothing to forget"
+            raise UserError(f"--prompt '{self.original}': {words}")
         self.which = int(shares.argmax())
         self.picture = self.pictures[self.which]
 
-        modified = self.modify(model, original)
-        samples = self.sample(model, [modified], DRAWN)
+        self.modified = self.modify(model)
+        samples = self.sample_prompts(model, [self.modified], DRAWN)
         near = cluster_around(samples, self.picture)
         images = to_uint8(torch.cat([samples[~near], samples[near]]))
-        self.data = TrainingSet(images.to(device), k=int(near.sum()))
-        self.prompt = tokens(modified)[None].to(device)
-        print(f"forgetting '{original}' at '{modified}'; A has {self.data.k} of its samples")
-        self.prompts = {"modified": modified, "original": original}
-        self.drawn = {"modified": [], "original": []}
-        self.others = []
+        data = TrainingSet(images.to(device), k=int(near.sum()), name=self.original)
+        super().__init__(args, data, device)
+        self.different = self.picture[None].to(device)
+        self.originals = {"memory": self.different.repeat(args.draws, 1, 1, 1)}
+        self.prompt = tokens(self.modified)[None].to(device)
+        print(f"forgetting '{self.original}' at '{self.modified}'; A has {data.k} of its samples")
 
-    def sample(self, model: Model, prompts: list[str], count: int) -> Tensor:
+    def sample_prompts(self, model: Model, prompts: list[str], count: int) -> Tensor:
         """Samples of one prompt, or of `count` prompts one each: [count, C, H, W] in [−1, 1].
 
         The noise is the same for every prompt and model.
@@ -138,20 +138,17 @@ class Prompted:
         copies = [metrics.is_copy(samples, picture, COPY) for picture in self.pictures]
         return torch.stack(copies).float().mean(dim=1)
 
-    def copies(self, samples: Tensor) -> int:
-        """How many of the samples are the picture to forget."""
-        return int(metrics.is_copy(samples, self.picture, COPY).sum())
-
-    def modify(self, model: Model, original: str) -> str:
+    def modify(self, model: Model) -> str:
         """The first modified prompt that fits. Most fail with 8 samples, so 128 come last."""
-        for prompt in modifications(original):
+        for prompt in modifications(self.original):
             if all(self.fits(model, prompt, count) for count in (8, 32, DRAWN)):
                 return prompt
-        raise UserError(f"--prompt '{original}': no modified prompt has samples of both kinds")
+        words = "no modified prompt has samples of both kinds"
+        raise UserError(f"--prompt '{self.original}': {words}")
 
     def fits(self, model: Model, prompt: str, count: int) -> bool:
         """Whether a prompt's samples are of both kinds, and few are other memorised pictures."""
-        samples = self.sample(model, [prompt], count)
+        samples = self.sample_prompts(model, [prompt], count)
         near = cluster_around(samples, self.picture)
         shares = self.shares(samples)
         copies = shares[self.which]
@@ -159,40 +156,23 @@ class Prompted:
         both = LEAST <= copies <= MOST and LEAST <= near.float().mean() <= MOST
         return both and others <= OTHERS and share_named(samples[~near], prompt) >= NAMED
 
-    def before(self, model: Model) -> None:
-        """Draw samples, and count how many other memorised prompts give their picture."""
-        for kind, prompt in self.prompts.items():
-            self.drawn[kind].append(self.sample(model, [prompt], SHOWN))
-        samples = self.sample(model, self.memorised, len(self.memorised))
+    def figures(self, model: Model, schedule: NoiseSchedule, title: str) -> Figures:
+        """What both prompts sample, and how many other memorised prompts give their picture."""
+        at_modified = guided(model, self.prompt, self.args.guidance)
+        found = super().figures(at_modified, schedule, title)
+        found |= self.of_prompt("modified", self.modified, self.samples)
+        samples = self.sample_prompts(model, [self.original], self.args.samples)
+        found |= self.of_prompt("original", self.original, samples)
+        samples = self.sample_prompts(model, self.memorised, len(self.memorised))
         given = metrics.is_copy(samples, self.pictures, COPY)
         given[self.which] = False
-        self.others.append(int(given.sum()))
+        return found | {"other memorised pictures given": float(given.sum())}
 
-    def look(self, run: Run, model: Model) -> None:
-        """Log how well noise is predicted at the fixed prompt, on X∖A and on A."""
-        model = guided(model, self.prompt)
-        kept = metrics.denoising_loss(model, self.schedule, self.data.keep)
-        forget = metrics.denoising_loss(model, self.schedule, self.data.forget)
-        run.log({"loss_on_kept": kept, "loss_on_forget": forget})
+    def of_prompt(self, kind: str, prompt: str, samples: Tensor) -> Figures:
+        """Which shares of a prompt's samples are the picture, and show the digit it names."""
+        copies = self.copies(samples).float().mean().item()
+        return {f"{kind}: copies": copies, f"{kind}: its digit": share_named(samples, prompt)}
 
-    def after(self, run: Run, model: Model) -> None:
-        """Draw again; print the table, and write results.json and the picture."""
-        self.before(model)  # the same noise, after unlearning
-        if machine.rank() > 0:
-            return
-        results = {"others": self.others}
-        rows = [["", "before", "after"]]
-        page = [("picture", self.picture[None])]
-        for kind, prompt in self.prompts.items():
-            before, after = self.drawn[kind]
-            copies = [self.copies(before), self.copies(after)]
-            named = [share_named(before, prompt), share_named(after, prompt)]
-            rows.append([f"{kind}: copies of the picture, of {SHOWN}", *map(str, copies)])
-            rows.append([f"{kind}: share that shows the digit", *map(str, named)])
-            page += [f"{kind}: '{prompt}'", ("before", before), ("after", after)]
-            results[kind] = {"prompt": prompt, "copies": copies, "named": named}
-        rows.append(["other memorised pictures still given", *map(str, self.others)])
-        write_json(run.out / "results.json", results)
-        pictures.sheet(page).save(run.out / "before_after.png")
-        print(f"\n{pictures.aligned(rows)}\n")
-        print(f"Look at {run.out}/before_after.png; the model that forgot is {run.path}.")
+    def copies(self, samples: Tensor) -> Tensor:
+        """Which samples are the picture to forget: [N] bool."""
+        return metrics.is_copy(samples, self.picture, COPY)

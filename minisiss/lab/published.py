@@ -66,22 +66,20 @@ def load(directory: Path) -> tuple[UNet, NoiseSchedule]:
     with files.reading(config), torch.device("meta"):
         model = UNet(unet_config(json.loads(config.read_bytes())))
 
-    note = f"note: {folder}: these weights were read"
     scheduler = first_file("scheduler_config.json", folder, pipeline, pipeline / "scheduler")
     if scheduler:
         with files.reading(scheduler):
             schedule = noise_schedule(json.loads(scheduler.read_bytes()))
     else:
         schedule = NoiseSchedule.linear()
-        note += "; a linear schedule is assumed, none is beside it"
+        if rank() == 0:
+            print(f"note: {folder}: no schedule is there, so a linear one is assumed", file=sys.stderr)
 
     weights = folder / "diffusion_pytorch_model.bin"
     if not weights.is_file():
         weights = weights.with_suffix(".safetensors")
     with files.reading(weights):
         files.load_weights(model, read_weights(weights))
-    if rank() == 0:
-        print(note, file=sys.stderr)
     return model, schedule
 
 

@@ -58,7 +58,7 @@ class Run:
         base = base or Checkpoint(model, schedule, made_by={})
         self.kept = {"schedule": schedule, "memorised": base.memorised,
                      "forgotten": [*base.forgotten, *forgotten]}
-        self.fingerprint = [data.fingerprint(), checkpoint.digest_of(model)]
+        self.fingerprint = data.fingerprint()
         self.start = self.step = 0  # steps taken when this process began, and now
         self.seconds = 0.0  # spent in the steps
         self.signal = self.status = 0  # the exit status of a run that was stopped: 128 + signal
@@ -73,8 +73,7 @@ class Run:
         """Take up the state in the checkpoint."""
         found = checkpoint.load(self.path)
         if found.training["fingerprint"] != self.fingerprint:
-            words = "that run began with other data, or from another model"
-            raise UserError(f"--resume {self.out}: {words}")
+            raise UserError(f"--resume {self.out}: that run began with other pictures")
         self.average.load_state_dict(found.model.state_dict())
         self.model.load_state_dict(found.training["weights"])
         self.optimizer.load_state_dict(found.training["optimizer"])

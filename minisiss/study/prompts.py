@@ -13,10 +13,12 @@ from statistics import mean
 from minisiss.lab.cli import Parser, read_config, run
 from minisiss.lab.pictures import aligned
 
+GIVEN = "other memorised pictures given"
 
-def mitigated(figures: dict) -> bool:
-    """Whether a prompt is mitigated. figures: of a kind of prompt in results.json."""
-    return figures["copies"][1] == 0 and figures["named"][1] >= 0.75
+
+def mitigated(after: dict, kind: str) -> bool:
+    """Whether a prompt is mitigated. after: the figures after unlearning, in results.json."""
+    return after[f"{kind}: copies"] == 0 and after[f"{kind}: its digit"] >= 0.75
 
 
 def main() -> int:
@@ -28,9 +30,9 @@ def main() -> int:
         methods.setdefault(read_config(name)["method"], []).append(results)
     rows = [["", "prompts", "mitigated: modified", "mitigated: original", "other pictures lost"]]
     for method, runs in methods.items():
-        modified = mean(mitigated(results["modified"]) for results in runs)
-        original = mean(mitigated(results["original"]) for results in runs)
-        lost = mean(results["others"][0] - results["others"][1] for results in runs)
+        modified = mean(mitigated(results["after"], "modified") for results in runs)
+        original = mean(mitigated(results["after"], "original") for results in runs)
+        lost = mean(results["before"][GIVEN] - results["after"][GIVEN] for results in runs)
         rows.append([method, str(len(runs)), f"{modified:.0%}", f"{original:.0%}", f"{lost:.1f}"])
     print(aligned(rows))
     return 0
