@@ -53,7 +53,8 @@ def main() -> int:
         write_json(out / "results.json", {"made_by": made_by, "figures": figures})
         Path(out, "results.md").write_text(f"{table}\n", encoding="utf-8")
         print(f"\n{table}\n")
-        evaluation.save_tradeoff(out / "tradeoff.png", made_by, figures)
+        first = args.memory_timesteps[0]
+        evaluation.save_tradeoff(out / "tradeoff.png", made_by, figures, first)
         print(f"Written to {out}.")
     machine.leave()
     return status

@@ -31,7 +31,7 @@ def main() -> int:
     report = BeforeAfter(args, base, network_old, device)
     settings = vars(args) | {"old": guided(network_old, report.prompt),
                              "nearest": data.nearest_kept(report.data, args.neighbours)}
-    loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
+    predict = guided(network, report.prompt)
     optimizer = machine.adamw(model, args.lr)
     with Run(args, model, average, optimizer, base.schedule, report.data, base) as this_run:
         report.before(network_old)
@@ -41,6 +41,9 @@ def main() -> int:
             batch = draw_batch(report.data, args.batch_size, base.schedule, generator, args.draw_x)
             optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr)
             c = method.c_of(settings, progress=taken / args.steps)
+            # Where nothing is subtracted, no noisy image is made from a: λ = 0.
+            settings["lam"] = args.lam if c else 0.0
+            loss = method.loss_of(predict, base.schedule, settings)
             figures = step(loss, batch, c, optimizer, args.accumulate)
             update_average(average, model, args.ema, taken)
             if this_run.due(10):

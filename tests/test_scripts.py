@@ -82,6 +82,16 @@ def test_a_run_takes_the_steps_its_flags_say(by_hand, draw_x, typed, unlearn, ti
     assert_holds("run/model.pt", model, average, torch.equal)
 
 
+def test_siss_at_s_0_takes_the_steps_of_naive_deletion(unlearn):
+    """Where nothing is subtracted, λ is 0: no noisy image is made from a."""
+    flags = (*QUICK, "--steps", 2, "--batch-size", 4, "--precision", "fp32")
+    assert unlearn(*flags, "--superfactor", 0, "--out", "siss")[0] == 0
+    assert unlearn(*flags, "--method", "naive_deletion", "--out", "naive")[0] == 0
+    found, expected = tensors_of("siss/model.pt"), tensors_of("naive/model.pt")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=str(name))
+
+
 @pytest.mark.parametrize("exclude", [[], ["--exclude-forget"]])
 def test_a_training_takes_the_steps_its_flags_say(exclude, script, tmp_path):
     flags = ("--warmup", 4, "--ema", 0.15, *exclude)

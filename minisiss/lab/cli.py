@@ -119,8 +119,8 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args()
         for name, value in config.items():
             if name not in MAY_CHANGE and getattr(args, name, None) != value:
-                flag = name.replace("_", "-")
-                raise UserError(f"--resume {args.resume}: that run has --{flag} {value}, and keeps it")
+                run_has = f"that run has --{name.replace('_', '-')} {value}"
+                raise UserError(f"--resume {args.resume}: {run_has}, and keeps it")
         return args
 
     def set_known_defaults(self, values: dict[str, Any]) -> None:

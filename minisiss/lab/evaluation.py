@@ -170,8 +170,9 @@ def add_distances(made_by: dict[str, dict], figures: dict[str, Figures], feature
             figures[name]["to retrained"] = mean(distances)
 
 
-def save_tradeoff(path: Path, made_by: dict[str, dict], figures: dict[str, Figures]) -> None:
-    """A point per run: the Fréchet distance of its samples over the memory of the T-shirt."""
+def save_tradeoff(path: Path, made_by: dict[str, dict], figures: dict[str, Figures],
+                  timestep: int) -> None:
+    """A point per run: the Fréchet distance of its samples over the memory at a timestep."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -179,17 +180,10 @@ def save_tradeoff(path: Path, made_by: dict[str, dict], figures: dict[str, Figur
         return
     picture = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = picture.subplots()
+    columns = f"memory, t = {timestep}", "Fréchet distance"
+    axes.set(xlabel=columns[0], ylabel=columns[1], yscale="log")
     for label, names in rows_of(made_by).items():
-        points = []
-        for run in (figures[name] for name in names):
-            memory = [value for title, value in run.items() if title.startswith("memory")]
-            if memory and "Fréchet distance" in run:
-                points.append((memory[0], run["Fréchet distance"]))
-        if points:
-            axes.plot(*zip(*points, strict=True), "o", label=label)
-    axes.set(xlabel="memory at the first timestep", ylabel="Fréchet distance", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    if axes.lines:
-        axes.legend(fontsize=8)
+        points = [[figures[name].get(column, math.nan) for name in names] for column in columns]
+        axes.plot(*points, "o", label=label)
+    axes.legend(fontsize=8)
     picture.savefig(path)

@@ -3,7 +3,6 @@ memory."""
 
 import copy
 import difflib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -65,21 +64,17 @@ class ImageFolder:
 def find_pictures(root: Path) -> list[str]:
     """The names of the pictures in a folder and its subfolders, sorted, without hidden ones.
 
-    Raises UserError where there are none, and for a link to a folder.
+    Raises UserError where there are none, and for a link to a folder: it would be passed over.
     """
     names = []
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"--data-root {root}: {error}")  # or os.walk would pass over the folder
-
-    for directory, folders, files in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(directory, name) for name in folders):
-            if path.is_symlink():
-                raise UserError(f"{path}: is a link to a folder; put the folder itself there")
-        for name in files:
-            if name.lower().endswith(ENDINGS) and not name.startswith("."):
-                names.append(Path(directory, name).relative_to(root).as_posix())
+    for path in root.rglob("*"):
+        name = path.relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if path.is_symlink() and path.is_dir():
+            raise UserError(f"{path}: is a link to a folder; put the folder itself there")
+        if path.suffix.lower() in ENDINGS and path.is_file():
+            names.append(name.as_posix())
     if not names:
         raise UserError(f"--data-root {root}: no pictures there ({', '.join(ENDINGS)})")
     return sorted(names)

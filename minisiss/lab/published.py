@@ -73,7 +73,7 @@ def load(directory: Path) -> tuple[UNet, NoiseSchedule]:
     else:
         schedule = NoiseSchedule.linear()
         if rank() == 0:
-            print(f"note: {folder}: no schedule is there, so a linear one is assumed", file=sys.stderr)
+            print(f"note: {folder}: has no schedule; a linear one is assumed", file=sys.stderr)
 
     weights = folder / "diffusion_pytorch_model.bin"
     if not weights.is_file():
