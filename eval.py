@@ -9,6 +9,7 @@ Runs that differ in nothing but their seed, and are named NAME-0, NAME-1, …, s
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from minisiss.lab.cli import Parser, UserError, complain, run
 
@@ -17,20 +18,11 @@ def main() -> int:
     args = parse_arguments()
     # These import torch, which takes seconds: the command line is checked first.
     from minisiss.lab import evaluation, machine
-    from minisiss.lab.checkpoint import load_finished
     from minisiss.lab.data import load_training_set
     from minisiss.lab.run import new_directory, write_json
 
     device = machine.start(args.device)
-    models, status = {}, 0
-    for name in args.runs:
-        if Path(name, "results.md").exists():  # runs/*/ matches earlier evaluations too
-            continue
-        try:
-            models[name.rstrip("/")] = load_finished(name, device, args.memory_timesteps)
-        except UserError as error:  # a broken run does not stop the others
-            complain(error)
-            status = 2
+    models, errors = read_models(args.runs, device, args.memory_timesteps)
     shapes = {found.model.config.image_shape for found in models.values()}
     if not models:
         raise UserError("nothing to measure")
@@ -53,11 +45,27 @@ def main() -> int:
         write_json(out / "results.json", {"made_by": made_by, "figures": figures})
         Path(out, "results.md").write_text(f"{table}\n", encoding="utf-8")
         print(f"\n{table}\n")
-        first = args.memory_timesteps[0]
-        evaluation.save_tradeoff(out / "tradeoff.png", made_by, figures, first)
+        timestep = args.memory_timesteps[0]
+        evaluation.save_tradeoff(out / "tradeoff.png", made_by, figures, timestep)
         print(f"Written to {out}.")
     machine.leave()
-    return status
+    return 2 if errors else 0
+
+
+def read_models(names: list[str], device: Any, timesteps: list[int]) -> tuple[dict, int]:
+    """The checkpoints of finished runs, by name, and how many of the others there are."""
+    from minisiss.lab.checkpoint import load_finished
+
+    models, errors = {}, 0
+    for name in names:
+        if Path(name, "results.md").exists():  # runs/*/ matches earlier evaluations too
+            continue
+        try:
+            models[name.rstrip("/")] = load_finished(name, device, timesteps)
+        except UserError as error:  # a broken run does not stop the others
+            complain(error)
+            errors += 1
+    return models, errors
 
 
 def parse_arguments() -> Namespace:

@@ -41,8 +41,7 @@ def main() -> int:
             batch = draw_batch(report.data, args.batch_size, base.schedule, generator, args.draw_x)
             optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr)
             c = method.c_of(settings, progress=taken / args.steps)
-            # Where nothing is subtracted, no noisy image is made from a: λ = 0.
-            settings["lam"] = args.lam if c else 0.0
+            settings["lam"] = args.lam if c else 0.0  # nothing to subtract: no noisy image of a
             loss = method.loss_of(predict, base.schedule, settings)
             figures = step(loss, batch, c, optimizer, args.accumulate)
             update_average(average, model, args.ema, taken)
