@@ -134,7 +134,7 @@ def test_missing_or_damaged_files_are_one_line(script, data_root, monkeypatch):
 REFUSED = {
     "--forget a.png.*--data pictures": {"forget": ["a.png"]},
     "--data prompts: is for unlearn.py": {"data": "prompts"},
-    "images .1, 28, 28., the network makes .3, 32, 32.": {},
+    "the network makes images .3, 32, 32., not these": {},
 }
 
 

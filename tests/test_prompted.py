@@ -91,10 +91,10 @@ def test_a_whole_run_steps_at_a_modified_prompt(forget, model, tmp_path):
 SHORT = "one ines"  # it has few modifications
 DOTTED = BLACK.clone()
 DOTTED[0, 14, 14] = 255
-NONE = "no modified prompt has samples of both kinds"
+NONE = "no modified prompt has both kinds of samples"
 # What is memorised, the prompt that is typed, the network's bias, and words of the error.
 REFUSED = {
-    "no sample is it": ({PROMPT: NOISY}, "", 2.417, "gives no memorised picture: nothing to forget"),
+    "no sample is it": ({PROMPT: NOISY}, "", 2.417, "gives nothing to forget"),
     "all samples are it": ({SHORT: BLACK}, "", 1e3, NONE),
     "another picture too": ({SHORT: BLACK, "nine": DOTTED}, "", 2.417, NONE),
     "another digit": ({"nine ines": BLACK}, "", 2.417, NONE),

@@ -277,7 +277,7 @@ def test_a_loss_of_nan_stops_a_run(name, script, tiny_checkpoint):
         start = ("--preset", "mnist-tiny", "--checkpoint", tiny_checkpoint, "--method", "neggrad")
     status, said, error = script(name, *start, "--lr", 1e30, "--steps", 9, "--out", "run")
     assert (status, said, error.count("\n")) == (1, "", 1)
-    assert "step 2: " in error and "run/model.pt is the last good checkpoint" in error
+    assert "step 2: " in error and "the last good checkpoint is run/model.pt" in error
     assert checkpoint.load("run/model.pt").made_by["steps"] == 0
 
 

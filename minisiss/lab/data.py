@@ -82,10 +82,8 @@ def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
         machine.from_rank_0(None)
     if getattr(args, "exclude_forget", False) and not data.k:
         raise UserError("--exclude-forget: name the pictures to leave out with --forget")
-    if data.images.shape[1:] != image_shape:
-        has, makes = tuple(data.images.shape[1:]), tuple(image_shape)
-        words = f"has images {has}, the network makes {makes}"
-        raise UserError(f"--data-root {args.data_root}: {words}")
+    if tuple(data.images.shape[1:]) != image_shape:
+        raise UserError(f"--data {args.data}: the network makes images {image_shape}, not these")
     return data
 
 
@@ -94,8 +92,7 @@ def note_forgotten_before(data: TrainingSet, names: set[str]) -> None:
     if not isinstance(data.images, ImageFolder) or machine.rank() > 0:
         return
     for name in sorted(names.intersection(data.images.names)):
-        words = "was forgotten before, and is among the pictures to keep"
-        print(f"warning: {name} {words}; --forget it too, or remove it", file=sys.stderr)
+        print(f"warning: {name} was forgotten before: --forget or remove it", file=sys.stderr)
 
 
 def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:
@@ -115,10 +112,8 @@ def from_torchvision(root: str) -> MNIST:
     try:
         return MNIST(root, download=True)
     except Exception as error:  # torchvision's readers have no exception of their own
-        raise UserError(
-            f"--data-root {root}: no readable MNIST, and no download ({error}); "
-            f"put its four IDX files in {root}/MNIST/raw, or use --data-root {BUNDLED}"
-        ) from error
+        remedy = f"put its four IDX files in {root}/MNIST/raw, or use --data-root {BUNDLED}"
+        raise UserError(f"--data-root {root}: no readable MNIST ({error}); {remedy}") from error
 
 
 def read_sheet(name: str) -> Tensor:

@@ -107,8 +107,7 @@ class Prompted(Evaluation):
         self.original = args.prompt or self.memorised[0]
         shares = self.shares(self.sample_prompts(model, [self.original], DRAWN))
         if not shares.any():
-            words = "gives no memorised picture: nothing to forget"
-            raise UserError(f"--prompt '{self.original}': {words}")
+            raise UserError(f"--prompt '{self.original}': gives nothing to forget")
         self.which = int(shares.argmax())
         self.picture = self.pictures[self.which]
 
@@ -143,8 +142,7 @@ class Prompted(Evaluation):
         for prompt in modifications(self.original):
             if all(self.fits(model, prompt, count) for count in (8, 32, DRAWN)):
                 return prompt
-        words = "no modified prompt has samples of both kinds"
-        raise UserError(f"--prompt '{self.original}': {words}")
+        raise UserError(f"--prompt '{self.original}': no modified prompt has both kinds of samples")
 
     def fits(self, model: Model, prompt: str, count: int) -> bool:
         """Whether a prompt's samples are of both kinds, and few are other memorised pictures."""

@@ -151,8 +151,8 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if isinstance(error, FloatingPointError):
-            words = f"{self.path} is the last good checkpoint"
-            raise FloatingPointError(f"step {self.step}: {error}; {words}") from error
+            last = f"the last good checkpoint is {self.path}"
+            raise FloatingPointError(f"step {self.step}: {error}; {last}") from error
         if self.status and not error:
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.out)])
             print(f"stopped at step {self.step}; to go on: {command}")
