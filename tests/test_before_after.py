@@ -63,8 +63,8 @@ def test_a_sheet_has_rows_of_enlarged_images():
     page = pictures.sheet(["words", ("white", white), ("grey", grey[:2])])
     step = 3 * 28 + pictures.GAP
     left, top = pictures.LABEL + pictures.GAP, pictures.TEXT + pictures.GAP
-    second = top + step + pictures.GAP  # the row of greys
-    assert page.size == (left + 9 * step, second + step)
+    second = top + step  # the row of greys
+    assert page.size == (pictures.LABEL + 9 * step, pictures.TEXT + 2 * step)
     assert page.getpixel((left, top)) == (255, 255, 255)
     assert page.getpixel((left + step, second)) == (128, 128, 128)  # the second of two greys
     assert page.getpixel((left + 2 * step, second)) == (255, 255, 255)

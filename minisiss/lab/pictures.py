@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from einops import repeat
+from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
+from torch.nn.functional import pad
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 from minisiss.lab.data import to_uint8
 from minisiss.sampling import sample
@@ -41,11 +42,12 @@ def strip(row: Row) -> Image.Image:
     else:
         words, images = row
         scale = max(1, SIDE // images.shape[-1])
-        pixels = to_uint8(images).cpu()
+        pixels = to_uint8(images).cpu().expand(-1, 3, -1, -1)
         pixels = repeat(pixels, "n c h w -> n c (h a) (w b)", a=scale, b=scale)
-        grid = make_grid(pixels, nrow=len(images), padding=GAP, pad_value=255)
-        picture = Image.new("RGB", (LABEL + grid.shape[2], grid.shape[1]), "white")
-        picture.paste(to_pil_image(grid), (LABEL, 0))
+        pixels = pad(pixels, (GAP, 0, GAP, 0), value=255)  # to the left of each, and above
+        line = to_pil_image(rearrange(pixels, "n c h w -> c h (n w)"))
+        picture = Image.new("RGB", (LABEL + line.width, line.height), "white")
+        picture.paste(line, (LABEL, 0))
     font = ImageFont.load_default(size=13)
     place = GAP, picture.height // 2
     ImageDraw.Draw(picture).text(place, words, "black", font, anchor="lm")

@@ -3,7 +3,7 @@
 #
 #     bash minisiss/study/study.sh                  the bundled model as the base: hours on two CPU cores
 #     bash minisiss/study/study.sh mnist            the paper's model, from the start: for a GPU
-#     bash minisiss/study/study.sh mnist ROOT       with MNIST and FashionMNIST in ROOT in place of data/
+#     bash minisiss/study/study.sh mnist ROOT       with MNIST in ROOT in place of data/
 #     bash minisiss/study/study.sh prompts [METHOD] what 45 prompts bring back
 #
 # Ctrl-C stops it. Started again, it passes over what is finished and resumes what was stopped.
