@@ -29,9 +29,9 @@ def main() -> int:
     model, average, old = base.model, copy.deepcopy(base.model), copy.deepcopy(base.model)
     network, network_average, network_old = at(model), at(average), at(old)
     report = BeforeAfter(args, base, network_old, device)
-    settings = vars(args) | {"old": guided(network_old, report.prompt),
-                             "nearest": data.nearest_kept(report.data, args.neighbours)}
     predict = guided(network, report.prompt)
+    settings = vars(args) | {"old": guided(network_old, report.prompt),
+                             "nearest": data.nearest_kept(report.data, count=10)}
     optimizer = machine.adamw(model, args.lr)
     with Run(args, model, average, optimizer, base.schedule, report.data, base) as this_run:
         report.before(network_old)
@@ -78,10 +78,6 @@ def parse_arguments() -> Namespace:
     add("--superfactor", type=number(float, 0), default=90.0, help="s at first (siss, siss_no_is)")
     add("--subtract-until", type=positive, default=0.05, help="share of the steps until s is 0")
     add("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖")
-    add("--erasediff-eta", type=number(float, 0), default=0.1, help="η (erasediff)")
-    add("--retrack-weight", type=number(float, 0, 1), default=0.005, help="λ (retrack)")
-    add("--neighbours", type=positive_int, default=10, help="K (retrack)")
-    add("--old-targets-weight", type=number(float, 0), default=3.0, help="s (old_targets)")
     add("--steps", type=positive_int, default=60, help="optimizer steps")
     add("--batch-size", type=positive_int, default=64, help="images per step")
     add("--accumulate", type=positive_int, default=1, help="parts of a batch: less memory")
@@ -89,7 +85,6 @@ def parse_arguments() -> Namespace:
     add("--ema", type=decay, default=0.0, help="decay of the averaged weights; 0: the last ones")
     add("--evaluate-every", type=positive_int, default=25, help="steps between looks")
     add("--prompt", metavar="WORDS", help="prompts: the one to forget (default: the first)")
-    add("--guidance", type=number(float, 1e-3), default=1.0, help="prompts: w of their samples")
     parser.add_sampling()
     parser.add_machine()
     parser.add_run("METHOD", save_every=50)

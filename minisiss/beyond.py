@@ -13,8 +13,9 @@ from minisiss.losses import squared_error
 from minisiss.schedule import Model, NoiseSchedule
 
 
-def retrack(model: Model, batch: Batch, schedule: NoiseSchedule, retrack_weight: float,
-            nearest: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def retrack(model: Model, batch: Batch, schedule: NoiseSchedule,
+            nearest: Callable[[Tensor], Tensor],
+            retrack_weight: float = 0.005) -> tuple[Tensor, Tensor]:
     """ReTrack: (1−λ) L_{X∖A}, and λ times a pull of A's noisy images towards kept images near a.
 
     λ is `retrack_weight`. nearest: a [B, C, H, W] -> its K nearest kept images [B, K, C, H, W].
@@ -48,8 +49,8 @@ def ideal_noise(m: Tensor, points: Tensor, timesteps: Tensor, schedule: NoiseSch
     return schedule.noise_between(mean.view_as(m), m, timesteps)
 
 
-def old_targets(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float,
-                old_targets_weight: float, old: Model) -> tuple[Tensor, Tensor]:
+def old_targets(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float, old: Model,
+                old_targets_weight: float = 3.0) -> tuple[Tensor, Tensor]:
     """SISS's noisy images and weights; the targets come from `old`, the model before unlearning.
 
         keep:    w_x ‖ε_old(m_t) − ε_θ(m_t)‖²

@@ -112,7 +112,7 @@ def ratio_of_norms(g_keep: Gradient, g_forget: Gradient, grad_ratio: float) -> T
     return grad_ratio * norm(g_keep) / norm(g_forget).clamp(min=1e-30)
 
 
-def erasediff_rule(g_keep: Gradient, g_forget: Gradient, erasediff_eta: float) -> Tensor:
+def erasediff_rule(g_keep: Gradient, g_forget: Gradient, erasediff_eta: float = 0.1) -> Tensor:
     """c = −max(η − ⟨g_keep, g_forget⟩ / ‖g_forget‖², 0) (Wu et al. 2024): both terms go down."""
     agreement = dot(g_keep, g_forget) / norm(g_forget).square().clamp(min=1e-30)
     return -(erasediff_eta - agreement).clamp(min=0)
@@ -166,9 +166,9 @@ METHODS = {
     "siss_no_is": Method(losses.siss_no_is, c_of_superfactor, (), S),
     "naive_deletion": Method(losses.naive_deletion, c=0.0),
     "neggrad": Method(losses.neggrad, c=1.0),
-    "erasediff": Method(losses.erasediff, erasediff_rule, (), ("erasediff_eta",)),
-    "retrack": Method(beyond.retrack, -1.0, ("retrack_weight", "nearest")),
-    "old_targets": Method(beyond.old_targets, -1.0, ("lam", "old_targets_weight", "old")),
+    "erasediff": Method(losses.erasediff, erasediff_rule),
+    "retrack": Method(beyond.retrack, -1.0, ("nearest",)),
+    "old_targets": Method(beyond.old_targets, -1.0, ("lam", "old")),
 }
 
 

@@ -84,7 +84,7 @@ def test_old_targets_are_of_m_and_m_transposed():
     def old(m, t):  # another factor for each pixel, so that it matters which pixel is where
         return m * scale + t[:, None, None, None]
 
-    keep, forget = beyond.old_targets(lambda m, t: 0.3 * m, batch, SCHEDULE, 0.3, 25.0, old)
+    keep, forget = beyond.old_targets(lambda m, t: 0.3 * m, batch, SCHEDULE, 0.3, old, 25.0)
     of_x, of_a = m * scale + t, m * scale.T + t
     torch.testing.assert_close(keep, (w_x * squared_error(of_x, 0.3 * m)).detach())
     w_a = 25 * 3 / (9 - 3) * w_a

@@ -141,8 +141,8 @@ def test_erasediff_pulls_the_forget_set_to_uniform_noise():
 @pytest.mark.parametrize("lam, tolerance", LAMBDAS)
 def test_old_targets_have_the_expectation_they_claim(lam, tolerance):
     # One pixel is its own transpose.
-    model, old, s = Network(), Network(seed=1), 25.0
-    settings = {"lam": lam, "old": old, "old_targets_weight": s}
+    model, old, s = Network(), Network(seed=1), 3.0
+    settings = {"lam": lam, "old": old}
     for timestep in TIMESTEPS:
         ours = expectation("old_targets", model, timestep, **settings)
         kept, forgotten = (integral(model, timestep, part, old) for part in (KEEP, FORGET))

@@ -113,7 +113,7 @@ def test_what_cannot_be_forgotten_is_one_line(case, forget, model, tmp_path):
 
 
 def test_samples_are_of_their_prompts_in_two_parts(model):
-    args = Namespace(prompt=None, guidance=1.0, seed=6, sampling_steps=1, data="prompts", draws=1)
+    args = Namespace(prompt=None, seed=6, sampling_steps=1, data="prompts", draws=1)
     args.memory_timesteps = [500]
     base = checkpoint.Checkpoint(model, SCHEDULE, {}, {PROMPT: BLACK})
     report = Prompted(args, base, model, SCHEDULE.gamma.device)

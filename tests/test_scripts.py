@@ -47,20 +47,20 @@ def siss_with_s(model, old, digits):
 
 
 def retrack(model, old, digits):
-    nearest = data.nearest_kept(digits, 3)
-    options = {"schedule": SCHEDULE, "retrack_weight": 0.2, "nearest": nearest}
+    nearest = data.nearest_kept(digits, 10)
+    options = {"schedule": SCHEDULE, "retrack_weight": 0.005, "nearest": nearest}
     return partial(beyond.retrack, model, **options), [-1.0, -1.0]
 
 
 def old_targets(model, old, digits):
-    options = {"schedule": SCHEDULE, "lam": 0.3, "old_targets_weight": 7.0, "old": old}
+    options = {"schedule": SCHEDULE, "lam": 0.3, "old_targets_weight": 3.0, "old": old}
     return partial(beyond.old_targets, model, **options), [-1.0, -1.0]
 
 
 STEPS = [  # the loss and c by hand, and flags that say the same. No number is a default.
     (siss_with_s, "all", "--method siss --lam 0.3 --superfactor 2 --subtract-until 0.8 --draw-x all"),
-    (retrack, "rest", "--method retrack --retrack-weight 0.2 --neighbours 3"),
-    (old_targets, "rest", "--method old_targets --lam 0.3 --old-targets-weight 7"),
+    (retrack, "rest", "--method retrack"),
+    (old_targets, "rest", "--method old_targets --lam 0.3"),
 ]
 
 

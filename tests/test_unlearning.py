@@ -18,9 +18,9 @@ from minisiss.unet import UNet, UNetConfig
 
 SCHEDULE = NoiseSchedule.linear()
 SETTINGS = dict(
-    lam=0.3, grad_ratio=0.7, superfactor=1.5, subtract_until=0.5, draw_x="rest", erasediff_eta=5.0,
-    retrack_weight=0.2, nearest=lambda a: torch.stack([a / 2, a - 0.1], dim=1),
-    old_targets_weight=25.0, old=lambda m, t: m * torch.linspace(0, 1, m.shape[-1]),
+    lam=0.3, grad_ratio=0.7, superfactor=1.5, subtract_until=0.5, draw_x="rest",
+    nearest=lambda a: torch.stack([a / 2, a - 0.1], dim=1),
+    old=lambda m, t: m * torch.linspace(0, 1, m.shape[-1]),
 )  # fmt: skip
 S = ("progress", "superfactor", "subtract_until", "draw_x")
 # Of each method its loss, its rule or number for c, and the settings that these two take.
@@ -30,9 +30,9 @@ ROWS = {
     "siss_no_is": ("siss_no_is", "c_of_superfactor", (), S),
     "naive_deletion": ("naive_deletion", 0, (), ()),
     "neggrad": ("neggrad", 1, (), ()),
-    "erasediff": ("erasediff", "erasediff_rule", (), ("erasediff_eta",)),
-    "retrack": ("retrack", -1, ("retrack_weight", "nearest"), ()),
-    "old_targets": ("old_targets", -1, ("lam", "old_targets_weight", "old"), ()),
+    "erasediff": ("erasediff", "erasediff_rule", (), ()),
+    "retrack": ("retrack", -1, ("nearest",), ()),
+    "old_targets": ("old_targets", -1, ("lam", "old"), ()),
 }
 SMALL = SimpleNamespace(timesteps=torch.zeros(3))  # `step` needs to know no more of a batch
 
@@ -71,7 +71,7 @@ def test_norm_rule_subtracts_a_share_of_kept_norm(rho, c, moved):
 # ⟨g_keep, g_forget⟩/‖g_forget‖² is 2 where g_forget is 0.2, and −2 where it is −0.2.
 @pytest.mark.parametrize("eta, g_forget, moved", [(0.1, 0.2, (0.3, 0.4)), (0.1, 0.0, (0.3, 0.4)), (2.0, 0.2, (0.3, 0.4)), (3.0, 0.2, (0.3, 0.6)), (0.1, -0.2, (0.3, -0.02))])
 def test_erasediff_rule_on_both_sides_of_its_switch(eta, g_forget, moved):
-    rule = unlearning.METHODS["erasediff"].c_of(SETTINGS | {"erasediff_eta": eta})
+    rule = partial(unlearning.erasediff_rule, erasediff_eta=eta)
     along, _ = step_along((0.3, 0.4), (0.0, g_forget), rule)
     assert along == pytest.approx(moved, abs=1e-6)
 

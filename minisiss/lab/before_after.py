@@ -11,7 +11,7 @@ from minisiss.lab.checkpoint import Checkpoint
 from minisiss.lab.cli import UserError
 from minisiss.lab.data import load_training_set, note_forgotten_before
 from minisiss.lab.evaluation import Evaluation, cell
-from minisiss.lab.prompted import Prompted
+from minisiss.lab.prompted import GUIDANCE, Prompted
 from minisiss.lab.run import Run, write_json
 from minisiss.sampling import guided
 from minisiss.schedule import Model
@@ -54,7 +54,7 @@ class BeforeAfter:
         predict = guided(model, self.prompt)
         kept = metrics.denoising_loss(predict, schedule, self.data.keep)
         forget = metrics.denoising_loss(predict, schedule, self.data.forget)
-        sampler = guided(model, self.prompt, self.args.guidance)
+        sampler = guided(model, self.prompt, GUIDANCE)
         some = evaluation.originals["memory"][:LOOK_DRAWS]
         back = evaluation.recall(sampler, schedule, some, evaluation.middle)
         memory = metrics.similarity(back, some).mean()

@@ -32,8 +32,8 @@ PRESETS: dict[str, dict[str, dict]] = {
     # The same network with prompts, of which it has memorised 50: see lab/prompted.py.
     "prompts": {
         "all": dict(data="prompts", samples=16, sampling_steps=10, draws=8),
-        "unlearn": dict(method="siss_by_norms", checkpoint="bundled-prompts", guidance=1.5,
-                        steps=35, batch_size=16, lr=4e-4, evaluate_every=35, grad_ratio=0.2),
+        "unlearn": dict(method="siss_by_norms", checkpoint="bundled-prompts", steps=35,
+                        batch_size=16, lr=4e-4, evaluate_every=35, grad_ratio=0.2),
         "unlearn erasediff": dict(lr=2e-4),
         "unlearn neggrad": dict(lr=6e-5),
         "unlearn retrack": dict(lr=1.4e-3),

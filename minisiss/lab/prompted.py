@@ -31,6 +31,7 @@ WORDS = ["", *(ASSETS / "words.txt").read_text().split()]
 DIGITS = "zero one two three four five six seven eight nine".split()
 ADDED = "anna ben thin thick leaning upright slanted narrow wide".split()  # by a modification
 
+GUIDANCE = 1.5  # w of all samples
 COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther than 4 from these
 DRAWN = 128  # samples of the modified prompt: the training set
 LEAST, MOST = 0.2, 0.8  # share of the modified prompt's samples that are the picture
@@ -128,7 +129,7 @@ class Prompted(Evaluation):
         The noise is the same for every prompt and model.
         """
         words = pad_sequence([tokens(prompt) for prompt in prompts], batch_first=True)
-        at_prompts = guided(model, words.to(self.device), self.args.guidance)
+        at_prompts = guided(model, words.to(self.device), GUIDANCE)
         return metrics.draw_samples(at_prompts, self.schedule, list(range(count)), self.shape,
                                     self.args.seed, self.args.sampling_steps)
 
@@ -156,7 +157,7 @@ class Prompted(Evaluation):
 
     def figures(self, model: Model, schedule: NoiseSchedule, title: str) -> Figures:
         """What both prompts sample, and how many other memorised prompts give their picture."""
-        at_modified = guided(model, self.prompt, self.args.guidance)
+        at_modified = guided(model, self.prompt, GUIDANCE)
         found = super().figures(at_modified, schedule, title)
         found |= self.of_prompt("modified", self.modified, self.samples)
         samples = self.sample_prompts(model, [self.original], self.args.samples)

@@ -34,8 +34,7 @@ def main() -> int:
     images = torch.randint(256, (1000, *model.config.image_shape), dtype=torch.uint8)
     data = TrainingSet(images.to(device), k=10)
     settings = dict(lam=0.5, superfactor=9.0, subtract_until=1.0, draw_x="rest", grad_ratio=1.0,
-                    erasediff_eta=0.1, retrack_weight=0.005, nearest=nearest_kept(data, 10),
-                    old_targets_weight=3.0, old=network)
+                    nearest=nearest_kept(data, 10), old=network)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     seconds = {name: [] for name in METHODS}
