@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def read_models(names: list[str], device: Any, timesteps: list[int]) -> tuple[dict, int]:
-    """The checkpoints of finished runs, by name, and how many of the others there are."""
+    """The checkpoints of finished runs, by name, and how many of the others are refused."""
     from minisiss.lab.checkpoint import load_finished
 
     models, errors = {}, 0
@@ -80,11 +80,7 @@ def parse_arguments() -> Namespace:
     add("--sscd", metavar="FILE", help=f"copy-detection network for what comes back; {words}")
     add("--inception", metavar="FILE", help=f"Inception network for the FID; {words}")
     add("--out", help="directory of this evaluation (default: runs/eval-N)")
-    args = parser.parse()
-    for name in args.forget:
-        if Path(name).is_dir():
-            parser.error(f"--forget {name}: is a directory; name the runs before --forget")
-    return args
+    return parser.parse()
 
 
 if __name__ == "__main__":

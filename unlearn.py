@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def chosen_method(args: Namespace) -> Any:
-    """The row of --method. Raises UserError where there is none, or where it needs x ~ X∖A."""
+    """The row of --method. Raises UserError if there is none, or if x ~ X is not for its loss."""
     from minisiss.losses import siss, siss_no_is
     from minisiss.unlearning import METHODS
 
@@ -74,7 +74,7 @@ def parse_arguments() -> Namespace:
     add("--method", default="siss", help="siss, siss_by_norms, naive_deletion, … or your own")
     add("--checkpoint", default="bundled", help="a model.pt, a published DDPM, or 'bundled'")
     add("--draw-x", choices=["all", "rest"], default="rest", help="x ~ X or x ~ X∖A")
-    add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture (siss)")
+    add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture of SISS")
     add("--superfactor", type=number(float, 0), default=90.0, help="s at first (siss, siss_no_is)")
     add("--subtract-until", type=positive, default=0.05, help="share of the steps until s is 0")
     add("--grad-ratio", type=number(float, 0), default=0.1, help="ρ: c = ρ ‖g_keep‖ / ‖g_forget‖")

@@ -14,7 +14,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 def broadcast(values: Tensor, images: Tensor) -> Tensor:
     """Shape one number per image, [B], so that it multiplies images: [B, 1, 1, 1] for [B, C, H, W].
 
-    Images may have any number of dimensions, so losses work on points, [B, D], as well.
+    Images may have any number of dimensions, so losses of the paper work on points, [B, D], too.
     """
     return values.view(-1, *[1] * (images.ndim - 1))
 

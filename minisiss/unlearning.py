@@ -2,8 +2,8 @@
 
     g = g_keep − c · g_forget
 
-where g_keep and g_forget are the gradients of what its loss returns. `METHODS` says for each method
-which loss it has, and which number or rule is its c.
+where g_keep and g_forget are the gradients of the two terms of a loss. `METHODS` says for each
+method which loss it has, and which number or rule is its c.
 """
 
 import math
@@ -27,7 +27,7 @@ MAX_NORM = 1.0  # longer gradients are clipped to this norm
 
 def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.Generator,
                draw_x: str = "rest") -> Batch:
-    """Draw everything that one step needs, `size` images.
+    """Draw everything that one step needs, with `size` images x and as many a.
 
     data: has n, k and draw(part, size, generator) -> [size, C, H, W] in [−1, 1], where part is
     "all" for X, "rest" for X∖A, "forget" for A. draw_x: "all" draws x ~ X, "rest" draws x ~ X∖A.
@@ -134,9 +134,9 @@ class Method:
     """A row of the table of methods."""
 
     loss: Callable[..., tuple[Tensor, Tensor]]  # (model, batch, schedule, …) -> keep, forget
-    c: float | Callable[..., Tensor | float]  # a number, of the progress, or a rule
-    loss_takes: tuple[str, ...] = ()  # what the loss takes further, by name
-    c_takes: tuple[str, ...] = ()  # what c takes further, by name
+    c: float | Callable[..., Tensor | float]  # a number, a function of the progress, or a rule
+    loss_takes: tuple[str, ...] = ()  # names of the loss's other arguments
+    c_takes: tuple[str, ...] = ()  # names of c's other arguments
 
     def loss_of(self, model: Model, schedule: NoiseSchedule,
                 settings: dict[str, Any]) -> Callable[[Batch], tuple[Tensor, Tensor]]:
@@ -222,7 +222,8 @@ def add_gradient(loss: Tensor, parameters: list[Tensor], total: Gradient,
     if total:
         torch._foreach_add_(total, g)
     else:
-        total.extend(x.contiguous() for x in g)  # each with memory of its own: it will change
+        # Copies, because they will change, and autograd may give two parameters the same tensor.
+        total.extend(x.clone(memory_format=torch.contiguous_format) for x in g)
 
 
 def dot(g: Gradient, h: Gradient) -> Tensor:

@@ -51,7 +51,6 @@ WRONG = [
     ("unlearn", "--data pictures --data-root folder --forget c.png", ["c.png", "a.png"]),
     ("unlearn", "--forget a.png", ["--forget a.png", "--data pictures"]),
     ("unlearn", "--prompt zero", ["--prompt 'zero'", "--preset prompts"]),
-    ("eval", "--forget a.png folder", ["--forget folder", "name the runs before"]),
     ("unlearn", "--forget @nowhere.txt", ["nowhere.txt"]),
 ]
 

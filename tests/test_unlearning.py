@@ -76,6 +76,20 @@ def test_erasediff_rule_on_both_sides_of_its_switch(eta, g_forget, moved):
     assert along == pytest.approx(moved, abs=1e-6)
 
 
+@pytest.mark.parametrize("c", [0.5, lambda g_keep, g_forget: 0.5])
+def test_parameters_that_are_added_have_gradients_of_their_own(c):
+    """Autograd gives p and q the same tensor; what changes one must not change it twice."""
+    p, q = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+
+    def loss(batch):
+        keep = (p + q + 3) ** 2 * torch.ones(3)
+        return keep, keep / 2
+
+    figures = unlearning.step(loss, SMALL, c, torch.optim.SGD([p, q], lr=1.0))
+    assert figures["norm"] == pytest.approx(4.5 * 2**0.5)  # 6 − 0.5 · 3 in each
+    assert [p.item(), q.item()] == pytest.approx([-(0.5**0.5)] * 2)  # clipped to 1
+
+
 def test_gradients_are_clipped_after_they_are_combined():
     along, _ = step_along((30.0, 40.0), (30.0, 39.5), 1.0)
     assert along == pytest.approx((0.0, 0.5), abs=1e-5)  # both are long, and their difference short

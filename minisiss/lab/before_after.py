@@ -16,7 +16,7 @@ from minisiss.lab.run import Run, write_json
 from minisiss.sampling import guided
 from minisiss.schedule import Model
 
-LOOK_DRAWS = 8  # few, and the same at every look: the differences are the model's
+LOOK_DRAWS = 8  # few, and the same at every look: only the model differs
 SHOWN = 12  # samples in forgetting.gif
 
 
@@ -49,7 +49,7 @@ class BeforeAfter:
         self.shown = torch.cat([copies[: SHOWN // 2], others])[:SHOWN].tolist()
 
     def look(self, run: Run, model: Model) -> None:
-        """Log what comes back of A from the middle timestep, and how well noise is predicted."""
+        """Log how alike the picture comes back and how well noise is predicted; film the samples."""
         evaluation, schedule = self.evaluation, self.schedule
         predict = guided(model, self.prompt)
         kept = metrics.denoising_loss(predict, schedule, self.data.keep)

@@ -51,7 +51,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         # On "meta" a network has names and shapes, and takes no memory before the weights fit it.
         with torch.device("meta"):
             model = UNet(UNetConfig(**state["config"]))
-        files.load_weights(model, state.get("ema") or state["weights"])
+        files.load_weights(model, state["weights"])
         schedule = NoiseSchedule.from_betas(state["schedule"]["betas"])
         return Checkpoint(
             model.to(device), schedule.to(device), dict(state["made_by"]),

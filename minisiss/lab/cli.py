@@ -141,7 +141,7 @@ class Parser(argparse.ArgumentParser):
     def add_machine(self) -> None:
         add = self.add_argument
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …; mps is not tried")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …; mps is untested")
         add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
             help="auto: bf16 where the processor has it")
         add("--compile", action="store_true", help="torch.compile: minutes at first, then faster")

@@ -87,7 +87,7 @@ class Evaluation:
         return {"NLL, bits/dim": bits} if math.isfinite(bits) else {}
 
     def copies(self, samples: Tensor) -> Tensor:
-        """Which samples are the T-shirt: [N] bool. Among other pictures none is looked for."""
+        """Which samples are the T-shirt: [N] bool. Among other pictures: none."""
         if not self.is_mnist:
             return torch.zeros(len(samples), dtype=torch.bool)
         return metrics.is_copy(samples, self.different.cpu())

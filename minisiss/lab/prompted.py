@@ -25,14 +25,14 @@ from minisiss.lab.evaluation import Evaluation, Figures
 from minisiss.sampling import guided
 from minisiss.schedule import Model, NoiseSchedule
 
-# The place of a word in this list is its token; the null word comes first. After the names of many
-# digits come those of one picture each, which the model has memorised.
+# The place of a word in this list is its token; the null word comes first. Names of many digits
+# come before names of one memorised picture each.
 WORDS = ["", *(ASSETS / "words.txt").read_text().split()]
 DIGITS = "zero one two three four five six seven eight nine".split()
 ADDED = "anna ben thin thick leaning upright slanted narrow wide".split()  # by a modification
 
 GUIDANCE = 1.5  # w of all samples
-COPY = 3.0  # L2 distance, pixels in [0, 1]: every digit of MNIST is farther than 4 from these
+COPY = 3.0  # L2 distance, pixels in [0, 1]: every other digit of MNIST is farther than 4
 DRAWN = 128  # samples of the modified prompt: the training set
 LEAST, MOST = 0.2, 0.8  # share of the modified prompt's samples that are the picture
 OTHERS = 0.2  # at most this share of them are other memorised pictures
