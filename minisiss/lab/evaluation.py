@@ -33,6 +33,7 @@ class Evaluation:
         if not data.k:
             raise UserError("--forget: name the pictures to forget")
         self.args, self.data, self.device = args, data, device
+        self.shape = tuple(data.images.shape[1:])
         self.is_mnist = args.data == "mnist"
         self.middle = median_high(args.memory_timesteps)
         self.different = data.different_forgotten()
@@ -67,11 +68,10 @@ class Evaluation:
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def sample(self, model: Model, schedule: NoiseSchedule, places: list[int],
-               title: str) -> Tensor:
+               title: str = "sampling") -> Tensor:
         """The samples at these places, [N, C, H, W] in [−1, 1], on the CPU."""
-        args, shape = self.args, tuple(self.data.images.shape[1:])
-        return metrics.draw_samples(
-            model, schedule, places, shape, args.seed, args.sampling_steps, title)
+        seed, steps = self.args.seed, self.args.sampling_steps
+        return metrics.draw_samples(model, schedule, places, self.shape, seed, steps, title)
 
     def recall(self, model: Model, schedule: NoiseSchedule, originals: Tensor, t: int) -> Tensor:
         """What comes back of images that were noised to a timestep: [N, C, H, W]."""

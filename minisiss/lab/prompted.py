@@ -130,8 +130,7 @@ class Prompted(Evaluation):
         """
         words = pad_sequence([tokens(prompt) for prompt in prompts], batch_first=True)
         at_prompts = guided(model, words.to(self.device), GUIDANCE)
-        return metrics.draw_samples(at_prompts, self.schedule, list(range(count)), self.shape,
-                                    self.args.seed, self.args.sampling_steps)
+        return self.sample(at_prompts, self.schedule, list(range(count)))
 
     def shares(self, samples: Tensor) -> Tensor:
         """Which share of the samples is each of the memorised pictures: [pictures]."""
