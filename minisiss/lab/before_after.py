@@ -49,7 +49,7 @@ class BeforeAfter:
         self.shown = torch.cat([copies[: SHOWN // 2], others])[:SHOWN].tolist()
 
     def look(self, run: Run, model: Model) -> None:
-        """Log how alike the picture comes back and how well noise is predicted; film the samples."""
+        """Log how alike the picture comes back and how well noise is predicted, and film it."""
         evaluation, schedule = self.evaluation, self.schedule
         predict = guided(model, self.prompt)
         kept = metrics.denoising_loss(predict, schedule, self.data.keep)
