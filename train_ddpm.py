@@ -6,7 +6,7 @@
 
 import copy
 from argparse import Namespace
-from typing import Any
+from functools import partial
 
 from minisiss.lab.cli import Parser, UserError, decay, number, positive, positive_int, run
 from minisiss.lab.presets import PRESETS
@@ -15,31 +15,30 @@ from minisiss.lab.presets import PRESETS
 def main() -> int:
     args = parse_arguments()
     # These import torch, which takes seconds: the command line is checked first.
+    import torch
+
     from minisiss.lab import data, machine, pictures
     from minisiss.lab.run import Run
-    from minisiss.losses import epsilon_matching
+    from minisiss.losses import naive_deletion
     from minisiss.schedule import NoiseSchedule
+    from minisiss.unet import UNet, UNetConfig
     from minisiss.unlearning import learning_rate, step, update_average
 
     device = machine.start(args.device)
     schedule = NoiseSchedule.linear().to(device)
-    model = new_network(args).to(device)  # takes the steps
+    torch.manual_seed(args.seed)
+    model = UNet(UNetConfig(**PRESETS[args.preset]["unet"])).to(device)  # takes the steps
     average = copy.deepcopy(model).requires_grad_(False)  # of its weights: what is kept
     network = machine.at_precision(device, args.precision, args.compile)(model)
     training_set = data.load_training_set(args, model.config.image_shape, device)
     images = training_set.keep if args.exclude_forget else training_set.images
     optimizer = machine.adamw(model, args.lr)
-
-    def loss(batch: Namespace) -> tuple:
-        keep = epsilon_matching(network, batch.x, batch.timesteps, batch.noise, schedule)
-        return keep, 0 * keep
-
+    loss = partial(naive_deletion, network, schedule=schedule)  # ε-matching on what is drawn
     with Run(args, model, average, optimizer, schedule, training_set) as this_run:
         for taken in this_run:  # steps taken so far
             generator = data.step_generator(args.seed, taken, device)
             batch = data.draw_training_batch(images, args.batch_size, schedule, generator)
-            rate = learning_rate(taken, args.steps, args.lr, args.warmup)
-            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr, args.warmup)
             figures = step(loss, batch, 0.0, optimizer)
             update_average(average, model, args.ema, taken)
             if this_run.due(50):
@@ -51,16 +50,6 @@ def main() -> int:
         print(f"done: {this_run.path}; next: python unlearn.py --checkpoint {this_run.path}")
     machine.leave()
     return this_run.status
-
-
-def new_network(args: Namespace) -> Any:
-    """The preset's network, with random weights."""
-    import torch
-
-    from minisiss.unet import UNet, UNetConfig
-
-    torch.manual_seed(args.seed)
-    return UNet(UNetConfig(**PRESETS[args.preset]["unet"]))
 
 
 def parse_arguments() -> Namespace:

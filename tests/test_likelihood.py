@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from minisiss.lab.likelihood import bits_per_dimension, log_density
+from minisiss.lab.metrics import bits_per_dimension, log_density
 from minisiss.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear(beta_end=0.025)  # so that little is left of the image at T−1

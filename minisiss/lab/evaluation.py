@@ -12,7 +12,6 @@ from torch import Tensor
 from minisiss.lab import metrics
 from minisiss.lab.cli import MAY_CHANGE, UserError
 from minisiss.lab.data import TrainingSet, draw, step_generator, to_float
-from minisiss.lab.likelihood import bits_per_dimension
 from minisiss.lab.pictures import aligned
 from minisiss.schedule import Model, NoiseSchedule
 
@@ -83,7 +82,7 @@ class Evaluation:
         network: in float32, and differentiable.
         """
         original = self.different[:1]
-        bits = bits_per_dimension(network, schedule, original, seed=self.args.seed)
+        bits = metrics.bits_per_dimension(network, schedule, original, seed=self.args.seed)
         return {"NLL, bits/dim": bits} if math.isfinite(bits) else {}
 
     def copies(self, samples: Tensor) -> Tensor:
