@@ -112,8 +112,14 @@ def test_what_cannot_be_forgotten_is_one_line(case, forget, model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_a_prompt_needs_samples(forget):
+    status, _, error = forget({PROMPT: BLACK}, "--samples", 0)
+    assert status == 2 and "--samples 0" in error
+
+
 def test_samples_are_of_their_prompts_in_two_parts(model):
     args = Namespace(prompt=None, seed=6, sampling_steps=1, data="prompts", draws=1)
+    args.samples = 3
     args.memory_timesteps = [500]
     base = checkpoint.Checkpoint(model, SCHEDULE, {}, {PROMPT: BLACK})
     report = Prompted(args, base, model, SCHEDULE.gamma.device)

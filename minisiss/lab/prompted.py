@@ -101,6 +101,8 @@ class Prompted(Evaluation):
         """base: the checkpoint that the unlearning begins with; model: its network."""
         if not base.memorised:
             raise UserError(f"--checkpoint {args.checkpoint}: has no prompts; try --preset prompts")
+        if not args.samples:
+            raise UserError("--samples 0: what a prompt brings back is seen in samples")
         self.args, self.device, self.schedule = args, device, base.schedule
         self.shape = base.model.config.image_shape
         self.memorised = list(base.memorised)
