@@ -82,7 +82,7 @@ def test_a_run_takes_the_steps_its_flags_say(by_hand, draw_x, typed, unlearn, ti
     assert_holds("run/model.pt", model, average, torch.equal)
 
 
-def test_siss_at_s_0_takes_the_steps_of_naive_deletion(unlearn):
+def test_siss_at_s_0_steps_as_naive_deletion(unlearn):
     """Where nothing is subtracted, λ is 0: no noisy image is made from a."""
     flags = (*QUICK, "--steps", 2, "--batch-size", 4, "--precision", "fp32")
     assert unlearn(*flags, "--superfactor", 0, "--out", "siss")[0] == 0

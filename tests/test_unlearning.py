@@ -77,7 +77,7 @@ def test_erasediff_rule_on_both_sides_of_its_switch(eta, g_forget, moved):
 
 
 @pytest.mark.parametrize("c", [0.5, lambda g_keep, g_forget: 0.5])
-def test_parameters_that_are_added_have_gradients_of_their_own(c):
+def test_added_parameters_have_gradients_of_their_own(c):
     """Autograd gives p and q the same tensor; what changes one must not change it twice."""
     p, q = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
 

@@ -17,7 +17,7 @@ from minisiss.sampling import guided
 from minisiss.schedule import Model
 
 LOOK_DRAWS = 8  # few, and the same at every look: only the model differs
-SHOWN = 12  # samples in forgetting.gif
+SHOWN = 12  # samples in the pictures: at most half of them to be forgotten, then others
 
 
 class BeforeAfter:
@@ -40,12 +40,12 @@ class BeforeAfter:
         self.times = "t = " + ", ".join(map(str, args.memory_timesteps))
 
     def before(self, model: Model) -> None:
-        """Measure the model before unlearning, and choose which samples the film shows."""
+        """Measure the model before unlearning, and choose which samples the pictures show."""
         evaluation = self.evaluation
         self.figures_before = evaluation.figures(model, self.schedule, "before")
         self.samples_before, self.back_before = evaluation.samples, evaluation.back
-        self.copies = evaluation.copies(evaluation.samples)
-        copies, others = self.copies.nonzero().flatten(), (~self.copies).nonzero().flatten()
+        found = evaluation.copies(evaluation.samples)
+        copies, others = found.nonzero().flatten(), (~found).nonzero().flatten()
         self.shown = torch.cat([copies[: SHOWN // 2], others])[:SHOWN].tolist()
 
     def look(self, run: Run, model: Model) -> None:
@@ -92,11 +92,10 @@ class BeforeAfter:
         """The rows of before_after.png: samples, and then the first three pictures to forget."""
         evaluation = self.evaluation
         rows: list[pictures.Row] = []
-        for words, chosen in (("to be forgotten", self.copies), ("to be kept", ~self.copies)):
-            if chosen.any():
-                rows.append(f"Samples {words}, and what the same noise gives after unlearning")
-                rows.append(("before", self.samples_before[chosen][: pictures.COLUMNS]))
-                rows.append(("after", evaluation.samples[chosen][: pictures.COLUMNS]))
+        if self.shown:
+            rows.append("Samples before, and what the same noise gives after unlearning")
+            rows.append(("before", self.samples_before[self.shown]))
+            rows.append(("after", evaluation.samples[self.shown]))
         rows.append(f"What is to be forgotten, noised to {self.times}, and denoised again")
         for number, original in enumerate(evaluation.different[:3]):
             rows.append(("original", original[None]))

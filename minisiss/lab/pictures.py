@@ -16,7 +16,6 @@ from minisiss.unet import UNet
 
 GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for a word beside a row, for a line of text
 WIDTH, SIDE = 640, 84  # pixels: of a line of text; to which small images are enlarged
-COLUMNS = 12
 
 Row = str | tuple[str, Tensor]  # a line of text; a word and images [N, C, H, W] in [−1, 1]
 
