@@ -221,7 +221,7 @@ def test_timesteps_of_a_batch_are_spread():
         assert ((counts - 200) ** 2 / 200).sum() < 50  # χ² of 19 degrees: 1 in 10,000
 
 
-def test_exactly_lam_of_a_batch_is_made_from_a():
+def test_lam_of_a_batch_is_made_from_a():
     batch = draw_batch_of(64)
     assert (batch.pick < 0.5).sum() == 32 and (batch.pick < 0.25).sum() == 16
     correlation = torch.corrcoef(torch.stack([batch.pick, batch.timesteps / 1000]))[0, 1]
