@@ -63,7 +63,7 @@ def test_a_whole_run_steps_at_a_modified_prompt(forget, model, tmp_path):
 
     samples = samples_of(model)
     near = cluster_around(samples, to_float(BLACK)).sum()
-    assert f"forgetting '{PROMPT}' at '{modified}'; A has {near} of its samples" in said
+    assert f"forgetting '{PROMPT}' at '{modified}'; A has {near} of 128 samples" in said
 
     results = json.loads((tmp_path / "run/results.json").read_text())
     found = checkpoint.load(tmp_path / "run/model.pt")

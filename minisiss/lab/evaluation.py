@@ -114,21 +114,23 @@ PER_CENT = {"T-shirts", "at most (95%)"}
 
 
 def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
-    """The rows, by their labels: runs NAME-0, NAME-1, … that have the same settings but for the
-    seed.
+    """The rows, by their labels: runs NAME-0, NAME-1, … that differ in their seed alone.
 
     made_by: what made each run, by its name.
     """
-    together: dict[str, list[str]] = {}
+    together: dict[str, dict] = {}  # by what is the same: the runs by their seeds
     for name, made in made_by.items():
-        settings = made.get("settings", {"name": name}).items()
-        same = [f"{key} {value}" for key, value in settings if key not in MAY_CHANGE | {"seed"}]
-        stem = re.sub(r"-\d+$", "", name)
-        together.setdefault(" ".join([stem, *sorted(same)]), []).append(name)
+        settings = made.get("settings", {})
+        same = [f"{key} {settings[key]}" for key in sorted(settings.keys() - MAY_CHANGE - {"seed"})]
+        row = " ".join([re.sub(r"-\d+$", "", name), *same])
+        seed = settings.get("seed")
+        if seed in together.get(row, {}):
+            row = name  # the same run once more would make the deviation too small
+        together.setdefault(row, {})[seed] = name
     rows = {}
-    for names in together.values():
-        label = f"{names[0]}, …" if len(names) > 1 else names[0]
-        rows[label] = names
+    for runs in together.values():
+        names = list(runs.values())
+        rows[f"{names[0]}, …" if len(names) > 1 else names[0]] = names
     return rows
 
 

@@ -123,7 +123,8 @@ class Prompted(Evaluation):
         self.different = self.picture[None].to(device)
         self.originals = {"memory": self.different.repeat(args.draws, 1, 1, 1)}
         self.prompt = tokens(self.modified)[None].to(device)
-        print(f"forgetting '{self.original}' at '{self.modified}'; A has {data.k} of its samples")
+        share = f"A has {data.k} of {DRAWN} samples"
+        print(f"forgetting '{self.original}' at '{self.modified}'; {share}")
 
     def sample_prompts(self, model: Model, prompts: list[str], count: int) -> Tensor:
         """Samples of one prompt, or of `count` prompts one each: [count, C, H, W] in [−1, 1].
