@@ -85,7 +85,7 @@ class BeforeAfter:
         print(f"\n{pictures.aligned(rows)}\n")
         print(f"{run.step} steps of {self.args.method} took {run.seconds:.0f} s.")
         print(f"Look at {run.out}/before_after.png and forgetting.gif.")
-        if self.args.data == "mnist":
+        if self.evaluation.is_mnist:
             print(f"Next: python eval.py {shlex.quote(str(run.out))}")
 
     def page(self) -> list[pictures.Row]:

@@ -28,18 +28,20 @@ class Evaluation:
 
     prompt: Tensor | None = None  # the network has none
 
-    def __init__(self, args: Namespace, data: TrainingSet, device: torch.device) -> None:
+    def __init__(self, args: Namespace, data: TrainingSet, device: torch.device,
+                 different: Tensor | None = None) -> None:
+        """different: the pictures to forget, each once; without it they are those of A."""
         if not data.k:
             raise UserError("--forget: name the pictures to forget")
         self.args, self.data, self.device = args, data, device
         self.shape = tuple(data.images.shape[1:])
         self.is_mnist = args.data == "mnist"
         self.middle = median_high(args.memory_timesteps)
-        self.different = data.different_forgotten()
+        self.different = data.different_forgotten() if different is None else different
         # Every picture to forget is measured, also where there are more than draws.
         times = math.ceil(args.draws / len(self.different))
         self.originals = {"memory": self.different.repeat(times, 1, 1, 1)}
-        if not self.is_mnist:  # a model of few pictures remembers the others too
+        if args.data == "pictures":  # a model of few pictures remembers the others too
             first = torch.arange(min(KEPT, len(data.keep)))
             self.originals["kept"] = to_float(data.keep[first])
         self.networks = {}  # of the user, by the flags of eval.py

@@ -31,6 +31,7 @@ WORDS = ["", *(ASSETS / "words.txt").read_text().split()]
 DIGITS = "zero one two three four five six seven eight nine".split()
 ADDED = "anna ben thin thick leaning upright slanted narrow wide".split()  # by a modification
 
+GIVEN = "other memorised pictures given"  # a title in the table
 GUIDANCE = 1.5  # w of all samples
 COPY = 3.0  # L2 distance, pixels in [0, 1]: every other digit of MNIST is farther than 4
 DRAWN = 128  # samples of the modified prompt: the training set
@@ -119,9 +120,7 @@ class Prompted(Evaluation):
         near = cluster_around(samples, self.picture)
         images = to_uint8(torch.cat([samples[~near], samples[near]]))
         data = TrainingSet(images.to(device), k=int(near.sum()), name=self.original)
-        super().__init__(args, data, device)
-        self.different = self.picture[None].to(device)
-        self.originals = {"memory": self.different.repeat(args.draws, 1, 1, 1)}
+        super().__init__(args, data, device, self.picture[None].to(device))
         self.prompt = tokens(self.modified)[None].to(device)
         share = f"A has {data.k} of {DRAWN} samples"
         print(f"forgetting '{self.original}' at '{self.modified}'; {share}")
@@ -167,7 +166,7 @@ class Prompted(Evaluation):
         samples = self.sample_prompts(model, self.memorised, len(self.memorised))
         given = metrics.is_copy(samples, self.pictures, COPY)
         given[self.which] = False
-        return found | {"other memorised pictures given": float(given.sum())}
+        return found | {GIVEN: float(given.sum())}
 
     def of_prompt(self, kind: str, prompt: str, samples: Tensor) -> Figures:
         """Which shares of a prompt's samples are the picture, and show the digit it names."""

@@ -12,8 +12,7 @@ from statistics import mean
 
 from minisiss.lab.cli import Parser, read_config, run
 from minisiss.lab.pictures import aligned
-
-GIVEN = "other memorised pictures given"
+from minisiss.lab.prompted import GIVEN
 
 
 def mitigated(after: dict, kind: str) -> bool:
