@@ -185,6 +185,8 @@ def save_tradeoff(path: Path, made_by: dict[str, dict], figures: dict[str, Figur
     axes = picture.subplots()
     columns = f"memory, t = {timestep}", "Fréchet distance"
     axes.set(xlabel=columns[0], ylabel=columns[1], yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")  # 30 in place of 3 × 10¹
+    axes.yaxis.set_minor_formatter("{x:g}")
     for label, names in rows_of(made_by).items():
         points = [[figures[name].get(column, math.nan) for name in names] for column in columns]
         axes.plot(*points, "o", label=label)
