@@ -4,7 +4,7 @@
     python eval.py bundled runs/*/                          all of them, compared
     python eval.py runs/*/ --preset faces-64 --forget 005735.jpg
 
-Runs that differ in nothing but their seed, and are named NAME-0, NAME-1, …, share a row.
+Runs that differ in nothing but their seed, and are named NAME-SEED, share a row.
 """
 
 from argparse import Namespace
@@ -29,7 +29,7 @@ def main() -> int:
     if len(shapes) > 1:
         raise UserError("these models make images of several sizes: measure them one by one")
     judge = evaluation.Evaluation(args, load_training_set(args, shapes.pop(), device), device)
-    out = machine.from_rank_0(new_directory(args.out, "eval"))
+    out = machine.gather(new_directory(args.out, "eval"))[0]
     at = machine.at_precision(device, args.precision, args.compile)
     made_by, figures, features = {}, {}, {}
     for name, found in models.items():

@@ -7,6 +7,8 @@
 import copy
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from minisiss.lab.cli import Parser, UserError, decay, number, positive, positive_int, run
 from minisiss.lab.presets import PRESETS
@@ -17,12 +19,12 @@ def main() -> int:
     # These import torch, which takes seconds: the command line is checked first.
     import torch
 
-    from minisiss.lab import data, machine, pictures
+    from minisiss.lab import data, machine
     from minisiss.lab.run import Run
     from minisiss.losses import naive_deletion
     from minisiss.schedule import NoiseSchedule
     from minisiss.unet import UNet, UNetConfig
-    from minisiss.unlearning import learning_rate, step, update_average
+    from minisiss.unlearning import draw_batch, learning_rate, step, update_average
 
     device = machine.start(args.device)
     schedule = NoiseSchedule.linear().to(device)
@@ -31,13 +33,13 @@ def main() -> int:
     average = copy.deepcopy(model).requires_grad_(False)  # of its weights: what is kept
     network = machine.at_precision(device, args.precision, args.compile)(model)
     training_set = data.load_training_set(args, model.config.image_shape, device)
-    images = training_set.keep if args.exclude_forget else training_set.images
-    optimizer = machine.adamw(model, args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=True)
     loss = partial(naive_deletion, network, schedule=schedule)  # ε-matching on what is drawn
+    draw_x = "rest" if args.exclude_forget else "all"
     with Run(args, model, average, optimizer, schedule, training_set) as this_run:
         for taken in this_run:  # steps taken so far
             generator = data.step_generator(args.seed, taken, device)
-            batch = data.draw_training_batch(images, args.batch_size, schedule, generator)
+            batch = draw_batch(training_set, args.batch_size, schedule, generator, draw_x)
             optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr, args.warmup)
             figures = step(loss, batch, 0.0, optimizer)
             update_average(average, model, args.ema, taken)
@@ -45,11 +47,23 @@ def main() -> int:
                 this_run.log({"loss": figures["loss_keep"]}, shown=("loss",))
             if this_run.due(args.sample_every) and machine.rank() == 0:
                 path = this_run.out / f"samples-{this_run.step:06d}.png"
-                pictures.save_samples(path, average, schedule)
+                save_samples(path, average, schedule)
     if not this_run.status:
         print(f"done: {this_run.path}; next: python unlearn.py --checkpoint {this_run.path}")
     machine.leave()
     return this_run.status
+
+
+def save_samples(path: Path, model: Any, schedule: Any) -> None:
+    """A picture of 64 samples, the same noise each time."""
+    import torch
+    from torchvision.utils import save_image
+
+    from minisiss.sampling import sample
+
+    noise = torch.Generator(schedule.gamma.device).manual_seed(0)
+    samples = sample(model, schedule, (64, *model.config.image_shape), generator=noise)
+    save_image(samples, path, normalize=True, value_range=(-1, 1))
 
 
 def parse_arguments() -> Namespace:

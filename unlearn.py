@@ -16,6 +16,8 @@ from minisiss.lab.cli import Parser, UserError, decay, number, positive, positiv
 def main() -> int:
     args = parse_arguments()
     # These import torch, which takes seconds: the command line is checked first.
+    from torch.optim import AdamW
+
     from minisiss.lab import checkpoint, data, machine
     from minisiss.lab.before_after import BeforeAfter
     from minisiss.lab.run import Run
@@ -30,9 +32,10 @@ def main() -> int:
     network, network_average, network_old = at(model), at(average), at(old)
     report = BeforeAfter(args, base, network_old, device)
     predict = guided(network, report.prompt)
-    settings = vars(args) | {"old": guided(network_old, report.prompt),
-                             "nearest": data.nearest_kept(report.data, count=10)}
-    optimizer = machine.adamw(model, args.lr)
+    settings = vars(args) | {"old": guided(network_old, report.prompt)}
+    if "nearest" in method.loss_takes:
+        settings["nearest"] = data.nearest_kept(report.data)
+    optimizer = AdamW(model.parameters(), args.lr, fused=True)
     with Run(args, model, average, optimizer, base.schedule, report.data, base) as this_run:
         report.before(network_old)
         report.look(this_run, network_average)

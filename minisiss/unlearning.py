@@ -33,7 +33,7 @@ def draw_batch(data: Any, size: int, schedule: NoiseSchedule, generator: torch.G
     "all" for X, "rest" for X∖A, "forget" for A. draw_x: "all" draws x ~ X, "rest" draws x ~ X∖A.
     """
     x = data.draw(draw_x, size, generator)
-    a = data.draw("forget", size, generator)
+    a = data.draw("forget", size, generator) if data.k else x  # training may forget nothing
     options = {"generator": generator, "device": x.device}
     return Batch(
         x, a,

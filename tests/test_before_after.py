@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minisiss.lab import checkpoint, data, metrics, pictures
+from minisiss.lab import before_after, checkpoint, data, evaluation, metrics
 from minisiss.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
@@ -60,11 +60,11 @@ def test_a_folder_has_figures_of_forgotten_and_kept(script, tiny_checkpoint, tmp
 
 def test_a_sheet_has_rows_of_enlarged_images():
     white, grey = (torch.full((9, 1, 28, 28), value) for value in (1.0, 0.0))
-    page = pictures.sheet(["words", ("white", white), ("grey", grey[:2])])
-    step = 3 * 28 + pictures.GAP
-    left, top = pictures.LABEL + pictures.GAP, pictures.TEXT + pictures.GAP
+    page = before_after.sheet(["words", ("white", white), ("grey", grey[:2])])
+    step = 3 * 28 + before_after.GAP
+    left, top = before_after.LABEL + before_after.GAP, before_after.TEXT + before_after.GAP
     second = top + step  # the row of greys
-    assert page.size == (pictures.LABEL + 9 * step, pictures.TEXT + 2 * step)
+    assert page.size == (before_after.LABEL + 9 * step, before_after.TEXT + 2 * step)
     assert page.getpixel((left, top)) == (255, 255, 255)
     assert page.getpixel((left + step, second)) == (128, 128, 128)  # the second of two greys
     assert page.getpixel((left + 2 * step, second)) == (255, 255, 255)
@@ -72,4 +72,4 @@ def test_a_sheet_has_rows_of_enlarged_images():
 
 def test_a_table_has_its_columns_aligned():
     table = "| a   | long |\n| --- | ---: |\n| bcd |   ±1 |"
-    assert pictures.aligned([["a", "long"], ["bcd", "±1"]]) == table
+    assert evaluation.aligned([["a", "long"], ["bcd", "±1"]]) == table

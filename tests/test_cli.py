@@ -51,7 +51,6 @@ WRONG = [
     ("unlearn", "--data pictures --data-root folder --forget c.png", ["c.png", "a.png"]),
     ("unlearn", "--forget a.png", ["--forget a.png", "--data pictures"]),
     ("unlearn", "--prompt zero", ["--prompt 'zero'", "--preset prompts"]),
-    ("unlearn", "--forget @nowhere.txt", ["nowhere.txt"]),
 ]
 
 
@@ -121,12 +120,6 @@ def test_a_preset_can_choose_the_method(parse, monkeypatch):
     assert (chosen["method"], chosen["lr"]) == ("neggrad", 8.0)
     typed = parse("unlearn", "--preset", "nothing", "--method", "siss")
     assert (typed["method"], typed["lr"]) == ("siss", 7.0)
-
-
-def test_a_file_has_a_name_on_each_line(parse, tmp_path):
-    (tmp_path / "names.txt").write_text("a b.png\n\n  é/c.png\n", encoding="utf-8")
-    args = parse("unlearn", "--forget", f"@{tmp_path}/names.txt", "--steps", 3)
-    assert (args["forget"], args["steps"]) == (["a b.png", "é/c.png"], 3)
 
 
 @pytest.fixture

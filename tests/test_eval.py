@@ -101,11 +101,11 @@ def settings(**others):
 A, SEED_1, SEED_7 = settings(), settings(seed=1), settings(seed=7, device="cuda")
 B, B_1, PUBLISHED = settings(lam=0.1), settings(lam=0.1, seed=1), {"published": "folder"}
 ROWS = [
-    ({"r/a-0": A, "r/a-1": SEED_7, "r/a-12": SEED_1}, {"r/a-0, …": ["r/a-0", "r/a-1", "r/a-12"]}),
+    ({"r/a-0": A, "r/a-7": SEED_7, "r/a-1": SEED_1}, {"r/a-0, …": ["r/a-0", "r/a-7", "r/a-1"]}),
     ({"r/a-0": A, "r/b-1": SEED_1}, {"r/a-0": ["r/a-0"], "r/b-1": ["r/b-1"]}),
     ({"a-0": A, "a-1": SEED_1, "a-2": B}, {"a-0, …": ["a-0", "a-1"], "a-2": ["a-2"]}),
     ({"a": A, "a-0": B, "a-1": B_1}, {"a": ["a"], "a-0, …": ["a-0", "a-1"]}),
-    ({"a-0": A, "a-1": A, "a-2": SEED_1}, {"a-0, …": ["a-0", "a-2"], "a-1": ["a-1"]}),
+    ({"a-0": A, "a-1": A, "a-2": SEED_1}, {"a-0": ["a-0"], "a-1": ["a-1"], "a-2": ["a-2"]}),
     ({"a-0": PUBLISHED, "a-1": PUBLISHED}, {"a-0": ["a-0"], "a-1": ["a-1"]}),
 ]
 

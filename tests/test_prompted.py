@@ -98,7 +98,7 @@ REFUSED = {
     "all samples are it": ({SHORT: BLACK}, "", 1e3, NONE),
     "another picture too": ({SHORT: BLACK, "nine": DOTTED}, "", 2.417, NONE),
     "another digit": ({"nine ines": BLACK}, "", 2.417, NONE),
-    "a wrong word": ({PROMPT: BLACK}, "a foor", 2.417, "no word 'foor'; the nearest are four"),
+    "a wrong word": ({PROMPT: BLACK}, "a foor", 2.417, "no word 'foor'; all are in"),
     "nothing memorised": ({}, "", 2.417, "--checkpoint model.pt: has no prompts"),
 }
 

@@ -24,12 +24,9 @@ def test_the_bundled_model_knows_these_words():
         assert len(words) == len(tokens(prompt)) == 7
 
 
-UNKNOWN = [("foor", "four"), ("inez", "ines"), ("Ines", "ines"), ("thik", "thick"), ("四", "")]
-
-
-@pytest.mark.parametrize("word, near", UNKNOWN)
-def test_an_unknown_word_is_refused_with_the_nearest(word, near):
-    with pytest.raises(UserError, match=f"no word '{word}'; the nearest are .*{near}"):
+@pytest.mark.parametrize("word", ["foor", "Ines", "四"])
+def test_an_unknown_word_is_refused(word):
+    with pytest.raises(UserError, match=f"no word '{word}'; all are in .*words.txt"):
         tokens(f"a {word}")
 
 

@@ -1,1 +1,1 @@
-"""What the scripts need around the method: data, runs, files, metrics, pictures."""
+"""What the scripts need around the method: data, runs, files, metrics."""

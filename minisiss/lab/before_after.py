@@ -2,15 +2,20 @@
 
 import shlex
 from argparse import Namespace
+from pathlib import Path
 
 import torch
-from PIL import Image
+from einops import rearrange, repeat
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn.functional import pad
+from torchvision.transforms.functional import to_pil_image
 
-from minisiss.lab import machine, metrics, pictures
+from minisiss.lab import machine, metrics
 from minisiss.lab.checkpoint import Checkpoint
 from minisiss.lab.cli import UserError
-from minisiss.lab.data import load_training_set, note_forgotten_before
-from minisiss.lab.evaluation import Evaluation, cell
+from minisiss.lab.data import load_training_set, note_forgotten_before, to_uint8
+from minisiss.lab.evaluation import Evaluation, aligned, cell
 from minisiss.lab.prompted import GUIDANCE, Prompted
 from minisiss.lab.run import Run, write_json
 from minisiss.sampling import guided
@@ -18,6 +23,10 @@ from minisiss.schedule import Model
 
 LOOK_DRAWS = 8  # few, and the same at every look: only the model differs
 SHOWN = 12  # samples in the pictures: at most half of them to be forgotten, then others
+GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for a word beside a row, for a line of text
+WIDTH, SIDE = 640, 84  # pixels: of a line of text; to which small images are enlarged
+
+Row = str | tuple[str, Tensor]  # a line of text; a word and images [N, C, H, W] in [−1, 1]
 
 
 class BeforeAfter:
@@ -49,17 +58,12 @@ class BeforeAfter:
         self.shown = torch.cat([copies[: SHOWN // 2], others])[:SHOWN].tolist()
 
     def look(self, run: Run, model: Model) -> None:
-        """Log how alike the picture comes back and how well noise is predicted, and film it."""
+        """Log how alike the picture comes back, and film it."""
         evaluation, schedule = self.evaluation, self.schedule
-        predict = guided(model, self.prompt)
-        kept = metrics.denoising_loss(predict, schedule, self.data.keep)
-        forget = metrics.denoising_loss(predict, schedule, self.data.forget)
         sampler = guided(model, self.prompt, GUIDANCE)
         some = evaluation.originals["memory"][:LOOK_DRAWS]
         back = evaluation.recall(sampler, schedule, some, evaluation.middle)
-        memory = metrics.similarity(back, some).mean()
-        figures = {"memory": memory, "loss_on_kept": kept, "loss_on_forget": forget}
-        run.log(figures, shown=("memory",))
+        run.log({"memory": metrics.similarity(back, some).mean()}, shown=("memory",))
 
         rows = [f"step {run.step}: the same noise each time"]
         samples = evaluation.sample(sampler, schedule, self.shown, "looking")
@@ -69,7 +73,7 @@ class BeforeAfter:
         times = self.args.memory_timesteps
         back = [evaluation.recall(sampler, schedule, some[:1], t) for t in times]
         rows += [f"noised to {self.times}, and denoised:", ("memory", torch.cat(back))]
-        self.film.append(pictures.sheet(rows))
+        self.film.append(sheet(rows))
 
     def after(self, run: Run, model: Model) -> None:
         """Measure again; print the table, and write results.json and the pictures."""
@@ -80,18 +84,17 @@ class BeforeAfter:
         for name in before | after:
             rows.append([name, cell(name, [before.get(name)]), cell(name, [after.get(name)])])
         write_json(run.out / "results.json", {"before": before, "after": after})
-        pictures.sheet(self.page()).save(run.out / "before_after.png")
-        pictures.save_gif(run.out / "forgetting.gif", self.film)
-        print(f"\n{pictures.aligned(rows)}\n")
-        print(f"{run.step} steps of {self.args.method} took {run.seconds:.0f} s.")
+        sheet(self.page()).save(run.out / "before_after.png")
+        save_gif(run.out / "forgetting.gif", self.film)
+        print(f"\n{aligned(rows)}\n")
         print(f"Look at {run.out}/before_after.png and forgetting.gif.")
         if self.evaluation.is_mnist:
             print(f"Next: python eval.py {shlex.quote(str(run.out))}")
 
-    def page(self) -> list[pictures.Row]:
+    def page(self) -> list[Row]:
         """The rows of before_after.png: samples, and then the first three pictures to forget."""
         evaluation = self.evaluation
-        rows: list[pictures.Row] = []
+        rows: list[Row] = []
         if self.shown:
             rows.append("Samples before, and what the same noise gives after unlearning")
             rows.append(("before", self.samples_before[self.shown]))
@@ -103,3 +106,43 @@ class BeforeAfter:
                 images = [back["memory", t][number] for t in self.args.memory_timesteps]
                 rows.append((word, torch.stack(images)))
         return rows
+
+
+def sheet(rows: list[Row]) -> Image.Image:
+    """Rows of text and images, one below the other."""
+    strips = [strip(row) for row in rows]
+    width = max(picture.width for picture in strips)
+    height = sum(picture.height for picture in strips)
+    page = Image.new("RGB", (width, height), "white")
+    y = 0
+    for picture in strips:
+        page.paste(picture, (0, y))
+        y += picture.height
+    return page
+
+
+def strip(row: Row) -> Image.Image:
+    """A line of text, or a word with images beside it. Small images are enlarged."""
+    if isinstance(row, str):
+        words = row
+        picture = Image.new("RGB", (WIDTH, TEXT), "white")
+    else:
+        words, images = row
+        scale = max(1, SIDE // images.shape[-1])
+        pixels = to_uint8(images).cpu().expand(-1, 3, -1, -1)
+        pixels = repeat(pixels, "n c h w -> n c (h a) (w b)", a=scale, b=scale)
+        pixels = pad(pixels, (GAP, 0, GAP, 0), value=255)  # to the left of each, and above
+        line = to_pil_image(rearrange(pixels, "n c h w -> c h (n w)"))
+        picture = Image.new("RGB", (LABEL + line.width, line.height), "white")
+        picture.paste(line, (LABEL, 0))
+    font = ImageFont.load_default(size=13)
+    place = GAP, picture.height // 2
+    ImageDraw.Draw(picture).text(place, words, "black", font, anchor="lm")
+    return picture
+
+
+def save_gif(path: Path, pages: list[Image.Image]) -> None:
+    """Pages as a film, in 32 colours: a few 100 KB."""
+    frames = [page.quantize(32) for page in pages]
+    times = [500] * (len(frames) - 1) + [3000]  # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)

@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, *parts: str) -> None:
         """parts: of the preset, those whose values are the defaults of flags."""
         super().__init__(description=description, formatter_class=HelpFormatter,
-                         allow_abbrev=False, fromfile_prefix_chars="@")
+                         allow_abbrev=False)
         self.parts = parts
         if parts:
             self.add_argument("--preset", choices=PRESETS, default="mnist-small",
@@ -94,9 +94,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see --help)")
-
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return [line.strip()] if line.strip() else []
 
     def parse(self) -> argparse.Namespace:
         """Parse the command line. The defaults are the preset's; of a resumed run, its own
@@ -136,7 +133,7 @@ class Parser(argparse.ArgumentParser):
             help="pictures: the folder; else MNIST in torchvision's layout, downloaded if "
             "missing, or 'bundled': the 10,000 digits that come along")
         add("--forget", nargs="+", default=[], metavar="NAME",
-            help="pictures to forget, by their names in the folder; @FILE: a name per line")
+            help="pictures to forget, by their names in the folder")
 
     def add_machine(self) -> None:
         add = self.add_argument

@@ -1,14 +1,13 @@
 """Training sets X with the forget set A ⊂ X, folders of pictures, and the draws from them."""
 
 import copy
-import difflib
 import sys
 import zlib
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -16,11 +15,11 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import MNIST
+from torchvision.datasets.folder import make_dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from minisiss.lab import machine
 from minisiss.lab.cli import UserError
-from minisiss.schedule import NoiseSchedule
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = "bundled"  # the --data-root that stands for the digits in assets/
@@ -39,14 +38,11 @@ class ImageFolder:
     def __init__(self, root: str, image_shape: tuple[int, int, int], forget: list[str],
                  device: torch.device | str = "cpu") -> None:
         """forget: names of pictures, which come last. Raises UserError as `find_pictures` and
-        `refuse_copies` do, and for a name that is not there, with the nearest."""
+        `refuse_copies` do, and for a name that is not there."""
         self.root, self.image_shape, self.device = Path(root), image_shape, torch.device(device)
         names, chosen = find_pictures(self.root), set(forget)
-        missing = chosen.difference(names)
-        for name in forget:
-            if name in missing:
-                near = ", ".join(difflib.get_close_matches(name, names, 3, cutoff=0))
-                raise UserError(f"--forget {name}: is not in {root}; the nearest are {near}")
+        for name in chosen.difference(names):
+            raise UserError(f"--forget {name}: is not in {root}, where {names[0]} is")
         kept = [name for name in names if name not in chosen]
         if not kept or len(chosen) < len(forget):
             raise UserError("--forget: names a picture twice, or leaves none to keep")
@@ -74,36 +70,28 @@ class ImageFolder:
 def find_pictures(root: Path) -> list[str]:
     """The names of the pictures in a folder and its subfolders, sorted, without hidden ones.
 
-    Raises UserError where there are none, and for a link to a folder: it would be passed over.
+    Raises UserError where there are none.
     """
-    names = []
-    for path in root.rglob("*"):
-        name = path.relative_to(root)
-        if any(part.startswith(".") for part in name.parts):
-            continue
-        if path.is_symlink() and path.is_dir():
-            raise UserError(f"{path}: is a link to a folder; put the folder itself there")
-        if path.suffix.lower() in ENDINGS and path.is_file():
-            names.append(name.as_posix())
-    if not names:
-        raise UserError(f"--data-root {root}: no pictures there ({', '.join(ENDINGS)})")
-    return sorted(names)
+    try:
+        found = make_dataset(root, {"": 0}, extensions=ENDINGS)  # follows links to folders
+    except OSError as error:
+        raise UserError(f"--data-root {root}: no pictures there ({error})") from error
+    names = [Path(path).relative_to(root).as_posix() for path, _ in found]
+    return sorted(name for name in names if "/." not in f"/{name}")
 
 
 def refuse_copies(root: Path, kept: list[str], forget: list[str]) -> None:
     """Raises UserError for a kept file that is a copy of one to forget: it would be trained on."""
-    forgotten = {(root / name).read_bytes(): name for name in forget}
+    forgotten = {(root / name).read_bytes() for name in forget}
     sizes = {len(content) for content in forgotten}
     for name in kept:
-        if (root / name).stat().st_size in sizes:
-            original = forgotten.get((root / name).read_bytes())
-            if original:
-                raise UserError(f"{name}: is a copy of {original}; --forget it too, or remove it")
+        if (root / name).stat().st_size in sizes and (root / name).read_bytes() in forgotten:
+            raise UserError(f"{name}: is a copy of a picture to forget: --forget or remove it")
 
 
 @lru_cache(maxsize=4096)  # faces of 256×256 pixels: 800 MB
 def read_picture(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
-    """Read a picture as [C, H, W] uint8, C = 1 or 3; what is transparent becomes white.
+    """Read a picture as [C, H, W] uint8, C = 1 or 3, without transparency.
 
     Raises UserError, naming the file, if it cannot be decoded.
     """
@@ -112,10 +100,6 @@ def read_picture(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
         with Image.open(path) as picture:
             picture.draft(None, (width, height))  # a JPEG decodes faster at half the size
             picture = ImageOps.exif_transpose(picture)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
             picture = picture.convert("L" if channels == 1 else "RGB")
             return pil_to_tensor(ImageOps.fit(picture, (width, height)))
     except Exception as error:  # a damaged file can fail anywhere in a decoder
@@ -166,7 +150,7 @@ def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
     Raises UserError where it cannot be had, or where its images are not [C, H, W] = `image_shape`.
     """
     if machine.rank() > 0:
-        machine.from_rank_0(None)  # rank 0 may have to download first
+        machine.gather(None)  # rank 0 may have to download first
     if args.data == "pictures":
         folder = ImageFolder(args.data_root, image_shape, args.forget, device)
         data = TrainingSet(folder, len(args.forget), name=", ".join(args.forget[:3]))
@@ -177,7 +161,7 @@ def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
     else:
         data = mnist_with_tshirt(args.data_root, device)
     if machine.rank() == 0:
-        machine.from_rank_0(None)
+        machine.gather(None)
     if getattr(args, "exclude_forget", False) and not data.k:
         raise UserError("--exclude-forget: name the pictures to leave out with --forget")
     if tuple(data.images.shape[1:]) != image_shape:
@@ -200,18 +184,13 @@ def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:
     """
     digits, tshirt = read_sheet("digits.png"), read_sheet("tshirt.png")
     if root != BUNDLED:
-        digits = from_torchvision(root).data[:, None]
+        try:
+            digits = MNIST(root, download=True).data[:, None]
+        except Exception as error:  # torchvision's readers have no exception of their own
+            remedy = f"put its four IDX files in {root}/MNIST/raw, or use --data-root {BUNDLED}"
+            raise UserError(f"--data-root {root}: no readable MNIST ({error}); {remedy}") from error
     k = len(digits) // 100
     return TrainingSet(torch.cat([digits, tshirt.expand(k, -1, -1, -1)]).to(device), k)
-
-
-def from_torchvision(root: str) -> MNIST:
-    """MNIST as torchvision has it, downloaded where `root` lacks it. Raises UserError."""
-    try:
-        return MNIST(root, download=True)
-    except Exception as error:  # torchvision's readers have no exception of their own
-        remedy = f"put its four IDX files in {root}/MNIST/raw, or use --data-root {BUNDLED}"
-        raise UserError(f"--data-root {root}: no readable MNIST ({error}); {remedy}") from error
 
 
 def read_sheet(name: str) -> Tensor:
@@ -220,30 +199,17 @@ def read_sheet(name: str) -> Tensor:
     return rearrange(sheet, "1 (row h) (column w) -> (row column) 1 h w", h=28, w=28)
 
 
-def draw_training_batch(images: Tensor | ImageFolder, size: int, schedule: NoiseSchedule,
-                        generator: torch.Generator) -> Namespace:
-    """What one step of training needs: x [B, C, H, W] in [−1, 1], timesteps [B], noise."""
-    x = draw(images, size, generator)
-    timesteps = torch.randint(len(schedule), (size,), generator=generator, device=x.device)
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-    return Namespace(x=x, timesteps=timesteps, noise=noise)
-
-
-def nearest_kept(data: TrainingSet, count: int) -> Callable[[Tensor], Tensor]:
+def nearest_kept(data: TrainingSet, count: int = 10) -> Callable[[Tensor], Tensor]:
     """For ReTrack: a function from images a of A, [B, C, H, W], to the `count` images of X∖A that
-    are nearest to each, [B, count, C, H, W] in [−1, 1]. The first call reads X∖A."""
-
-    @cache
-    def search() -> tuple[Tensor, Tensor]:
-        keep, forgotten = data.keep, data.different_forgotten()
-        distances = []
-        for part in torch.arange(len(keep)).split(256):
-            distances.append(torch.cdist(forgotten.flatten(1), to_float(keep[part]).flatten(1)))
-        places = torch.cat(distances, dim=1).topk(min(count, len(keep)), largest=False).indices
-        return forgotten, torch.stack([to_float(keep[row]) for row in places])
+    are nearest to each, [B, count, C, H, W] in [−1, 1]. Reads X∖A."""
+    keep, forgotten = data.keep, data.different_forgotten()
+    distances = []
+    for part in torch.arange(len(keep)).split(256):
+        distances.append(torch.cdist(forgotten.flatten(1), to_float(keep[part]).flatten(1)))
+    places = torch.cat(distances, dim=1).topk(min(count, len(keep)), largest=False).indices
+    points = torch.stack([to_float(keep[row]) for row in places])
 
     def nearest(a: Tensor) -> Tensor:
-        forgotten, points = search()
         return points[torch.cdist(a.flatten(1), forgotten.flatten(1)).argmin(dim=1)]
 
     return nearest

@@ -1,7 +1,6 @@
 """Every figure of a model, as eval.py and unlearn.py print them, and the table of many models."""
 
 import math
-import re
 from argparse import Namespace
 from pathlib import Path
 from statistics import mean, median_high, stdev
@@ -12,7 +11,6 @@ from torch import Tensor
 from minisiss.lab import metrics
 from minisiss.lab.cli import MAY_CHANGE, UserError
 from minisiss.lab.data import TrainingSet, draw, step_generator, to_float
-from minisiss.lab.pictures import aligned
 from minisiss.schedule import Model, NoiseSchedule
 
 KEPT = 64  # kept pictures whose memory is measured
@@ -116,24 +114,17 @@ PER_CENT = {"T-shirts", "at most (95%)"}
 
 
 def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
-    """The rows, by their labels: runs NAME-0, NAME-1, … that differ in their seed alone.
+    """The rows, by their labels: runs named NAME-SEED that differ in nothing else share one.
 
     made_by: what made each run, by its name.
     """
-    together: dict[str, dict] = {}  # by what is the same: the runs by their seeds
+    together: dict[str, list[str]] = {}
     for name, made in made_by.items():
         settings = made.get("settings", {})
+        label = name.removesuffix(f"-{settings.get('seed')}")
         same = [f"{key} {settings[key]}" for key in sorted(settings.keys() - MAY_CHANGE - {"seed"})]
-        row = " ".join([re.sub(r"-\d+$", "", name), *same])
-        seed = settings.get("seed")
-        if seed in together.get(row, {}):
-            row = name  # the same run once more would make the deviation too small
-        together.setdefault(row, {})[seed] = name
-    rows = {}
-    for runs in together.values():
-        names = list(runs.values())
-        rows[f"{names[0]}, …" if len(names) > 1 else names[0]] = names
-    return rows
+        together.setdefault(" ".join([label, *same]), []).append(name)
+    return {f"{names[0]}, …" if len(names) > 1 else names[0]: names for names in together.values()}
 
 
 def table(made_by: dict[str, dict], figures: dict[str, Figures]) -> str:
@@ -147,6 +138,20 @@ def table(made_by: dict[str, dict], figures: dict[str, Figures]) -> str:
             line.append(cell(title, [figures[name].get(title) for name in names]))
         lines.append(line)
     return aligned(lines)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A table in Markdown, of a heading and rows. The first column is flush left, the rest
+    right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0]]
+    rule += ["-" * (width - 1) + ":" for width in widths[1:]]
+    lines = []
+    for row in (rows[0], rule, *rows[1:]):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def cell(title: str, values: list[float | None]) -> str:

@@ -46,20 +46,12 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_rank_0(value: Any) -> Any:
-    """The value that rank 0 has."""
-    values = [value]
-    if size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def largest(value: int) -> int:
-    """The largest of the ranks' numbers."""
+def gather(value: Any) -> list[Any]:
+    """The values that the ranks have. Each rank waits for all others here."""
     values = [value] * size()
     if size() > 1:
         dist.all_gather_object(values, value)
-    return max(values)
+    return values
 
 
 def leave() -> None:
@@ -74,13 +66,6 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # A private name, which the oldest torch that will do lacks.
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-
-
-def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW on all parameters of a model, in one kernel where torch has one."""
-    parameters = list(model.parameters())
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, lr=lr, fused=fused)
 
 
 def at_precision(device: torch.device, precision: str,

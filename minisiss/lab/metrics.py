@@ -1,7 +1,6 @@
 """What is measured: how much is remembered, and how good samples are. Functions on tensors."""
 
 import math
-import warnings
 from functools import cache
 
 import numpy as np
@@ -12,8 +11,7 @@ from tqdm import tqdm
 
 from minisiss.lab import files, machine
 from minisiss.lab.cli import UserError
-from minisiss.lab.data import ASSETS, ImageFolder, draw, step_generator, to_float, to_uint8
-from minisiss.losses import epsilon_matching
+from minisiss.lab.data import ASSETS, step_generator, to_float, to_uint8
 from minisiss.sampling import denoise_from
 from minisiss.schedule import Model, NoiseSchedule
 from minisiss.unlearning import sum_over_ranks
@@ -57,21 +55,6 @@ def noise_and_denoise(model: Model, schedule: NoiseSchedule, originals: Tensor, 
     timesteps = torch.full((len(originals),), timestep, device=originals.device)
     noisy = schedule.add_noise(originals, noise, timesteps)
     return denoise_from(model, schedule, noisy, timestep, steps=steps, generator=generator)
-
-
-@torch.inference_mode()
-def denoising_loss(model: Model, schedule: NoiseSchedule, images: Tensor | ImageFolder,
-                   count: int = 48) -> float:
-    """L_S on a set S, from `count` images drawn of it, at timesteps spread evenly.
-
-    images: [N, C, H, W] uint8. The draws and the noise are the same for every model.
-    """
-    device = images.device
-    generator = step_generator(0, 0, device)
-    noise = torch.randn(count, *images.shape[1:], generator=generator, device=device)
-    x = draw(images, count, generator)
-    timesteps = torch.arange(count, device=device) * len(schedule) // count
-    return epsilon_matching(model, x, timesteps, noise, schedule).mean().item()
 
 
 def draw_samples(model: Model, schedule: NoiseSchedule, places: list[int],
@@ -270,9 +253,7 @@ def load_torchscript(path: str, device: torch.device) -> nn.Module:
     Raises UserError for what is no TorchScript file.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would rather have torch.export
-            return torch.jit.load(path, map_location=device).eval()
+        return torch.jit.load(path, map_location=device).eval()
     except Exception as error:  # a damaged file can fail anywhere
         raise UserError(f"{path}: is no TorchScript file") from error
 

@@ -8,7 +8,6 @@ A prompt is a row of words, "a thin upright four by ines". The network adds up w
 word, so order does not matter. assets/README.md says how the model was trained.
 """
 
-import difflib
 from argparse import Namespace
 from collections.abc import Iterator
 from itertools import combinations
@@ -27,7 +26,8 @@ from minisiss.schedule import Model, NoiseSchedule
 
 # The place of a word in this list is its token; the null word comes first. Names of many digits
 # come before names of one memorised picture each.
-WORDS = ["", *(ASSETS / "words.txt").read_text().split()]
+VOCABULARY = ASSETS / "words.txt"
+WORDS = ["", *VOCABULARY.read_text().split()]
 DIGITS = "zero one two three four five six seven eight nine".split()
 ADDED = "anna ben thin thick leaning upright slanted narrow wide".split()  # by a modification
 
@@ -48,8 +48,7 @@ def tokens(prompt: str) -> Tensor:
     words = prompt.split() or [""]
     for word in words:
         if word not in WORDS:
-            nearest = ", ".join(difflib.get_close_matches(word, WORDS, cutoff=0))
-            raise UserError(f"--prompt '{prompt}': no word '{word}'; the nearest are {nearest}")
+            raise UserError(f"--prompt '{prompt}': no word '{word}'; all are in {VOCABULARY}")
     return torch.tensor([WORDS.index(word) for word in words])
 
 
@@ -85,9 +84,8 @@ def cluster_around(images: Tensor, picture: Tensor) -> Tensor:
 def share_named(samples: Tensor, prompt: str) -> float:
     """Which share of the samples shows the digit that the prompt names."""
     _, probabilities = metrics.classify(samples)
-    digits = probabilities.argmax(dim=1)
-    right = [DIGITS[digit] in prompt.split() for digit in digits]
-    return sum(right) / len(right)
+    named = torch.tensor([digit in prompt.split() for digit in DIGITS])
+    return named[probabilities.argmax(dim=1)].float().mean().item()
 
 
 class Prompted(Evaluation):

@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisiss.lab import checkpoint, files, machine
-from minisiss.lab.checkpoint import Checkpoint
+from minisiss.lab import files, machine
+from minisiss.lab.checkpoint import Checkpoint, load, save
 from minisiss.lab.cli import UserError
 from minisiss.lab.data import TrainingSet
 from minisiss.schedule import NoiseSchedule
@@ -60,9 +59,8 @@ class Run:
                      "forgotten": [*base.forgotten, *forgotten]}
         self.fingerprint = data.fingerprint()
         self.start = self.step = 0  # steps taken when this process began, and now
-        self.seconds = 0.0  # spent in the steps
         self.signal = self.status = 0  # the exit status of a run that was stopped: 128 + signal
-        self.out = Path(args.resume or machine.from_rank_0(new_directory(args.out, self.name)))
+        self.out = Path(args.resume or machine.gather(new_directory(args.out, self.name))[0])
         self.path, self.log_path = self.out / "model.pt", self.out / "metrics.jsonl"
         if args.resume and self.path.exists():
             self.resume()
@@ -71,29 +69,27 @@ class Run:
 
     def resume(self) -> None:
         """Take up the state in the checkpoint."""
-        found = checkpoint.load(self.path)
+        found = load(self.path)
         if found.training["fingerprint"] != self.fingerprint:
             raise UserError(f"--resume {self.out}: that run began with other pictures")
         self.average.load_state_dict(found.model.state_dict())
         self.model.load_state_dict(found.training["weights"])
         self.optimizer.load_state_dict(found.training["optimizer"])
         self.start = self.step = found.made_by["steps"]
-        self.seconds = found.made_by["seconds"]
         if machine.rank() == 0:  # lines past the checkpoint go: these steps are taken again
             os.truncate(self.log_path, found.training["log_bytes"])
 
     def save(self) -> None:
         """Write model.pt, for use and for --resume."""
-        checkpoint.check_output(self.average, self.kept["schedule"])
         if machine.rank() > 0:
             return
         self.log_path.touch()
         made_by = {"script": Path(sys.argv[0]).name, "settings": self.settings,
-                   "steps": self.step, "seconds": self.seconds}
+                   "steps": self.step}
         training = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                     "fingerprint": self.fingerprint, "log_bytes": self.log_path.stat().st_size}
         state = Checkpoint(self.average, made_by=made_by, training=training, **self.kept)
-        checkpoint.save(self.path, state)
+        save(self.path, state)
 
     def __enter__(self) -> "Run":
         if self.step == 0:
@@ -114,11 +110,9 @@ class Run:
     def __iter__(self) -> Iterator[int]:
         """The numbers of the steps, from 0. Within a step `self.step` counts it already."""
         for step in range(self.start, self.args.steps):
-            began = time.perf_counter()
             self.step = step + 1
             yield step
-            self.seconds += time.perf_counter() - began
-            stop = machine.largest(self.signal)  # one rank may have got it alone
+            stop = max(machine.gather(self.signal))  # one rank may have got it alone
             if stop or self.due(self.args.save_every):
                 self.save()
             self.bar.update()
@@ -142,7 +136,7 @@ class Run:
         self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in shown if name in numbers})
         resumed_here = self.step == self.start > 0  # then this line is in the log already
         if machine.rank() == 0 and not resumed_here:
-            line = {"step": self.step, "seconds": self.seconds, **numbers}
+            line = {"step": self.step, **numbers}
             with self.log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

@@ -14,7 +14,7 @@ import torch
 from minisiss.lab import machine
 from minisiss.lab.cli import Parser, positive_int, run
 from minisiss.lab.data import TrainingSet, nearest_kept
-from minisiss.lab.pictures import aligned
+from minisiss.lab.evaluation import aligned
 from minisiss.lab.presets import PRESETS
 from minisiss.schedule import NoiseSchedule
 from minisiss.unet import UNet, UNetConfig
@@ -30,7 +30,7 @@ def main() -> int:
     schedule = NoiseSchedule.linear().to(device)
     model = UNet(UNetConfig(**PRESETS[args.preset]["unet"])).to(device)
     network = machine.at_precision(device, args.precision, args.compile)(model)
-    optimizer = machine.adamw(model, 1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
     images = torch.randint(256, (1000, *model.config.image_shape), dtype=torch.uint8)
     data = TrainingSet(images.to(device), k=10)
     settings = dict(lam=0.5, superfactor=9.0, subtract_until=1.0, draw_x="rest", grad_ratio=1.0,

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 from minisiss.lab.cli import Parser, read_config, run
-from minisiss.lab.pictures import aligned
+from minisiss.lab.evaluation import aligned
 from minisiss.lab.prompted import GIVEN
 
 
