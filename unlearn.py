@@ -38,7 +38,6 @@ def main() -> int:
     optimizer = AdamW(model.parameters(), args.lr, fused=True)
     with Run(args, model, average, optimizer, base.schedule, report.data, base) as this_run:
         report.before(network_old)
-        report.look(this_run, network_average)
         for taken in this_run:  # steps taken so far
             generator = data.step_generator(args.seed, taken, device)
             batch = draw_batch(report.data, args.batch_size, base.schedule, generator, args.draw_x)

@@ -35,7 +35,7 @@ def test_digits_have_figures_before_and_after(script, tiny_checkpoint, tmp_path)
         assert f" {found['memory, t = 300']:.3f} |" in said
     assert results["before"] != results["after"]
     with Image.open(tmp_path / "run/before_after.png") as sheet:
-        assert sheet.width > 12 * 84 and 5 * 84 < sheet.height < 7 * 84  # images of 84 pixels
+        assert sheet.width > 6 * 84 and 6 * 84 < sheet.height < 9 * 84  # images of 84 pixels
     with Image.open(tmp_path / "run/forgetting.gif") as film:
         assert film.n_frames == 2 and film.width >= 6 * 84 and film.height > 3 * 84
 

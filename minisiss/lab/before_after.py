@@ -13,7 +13,6 @@ from torchvision.transforms.functional import to_pil_image
 
 from minisiss.lab import machine, metrics
 from minisiss.lab.checkpoint import Checkpoint
-from minisiss.lab.cli import UserError
 from minisiss.lab.data import load_training_set, note_forgotten_before, to_uint8
 from minisiss.lab.evaluation import Evaluation, aligned, cell
 from minisiss.lab.prompted import GUIDANCE, Prompted
@@ -23,6 +22,7 @@ from minisiss.schedule import Model
 
 LOOK_DRAWS = 8  # few, and the same at every look: only the model differs
 SHOWN = 12  # samples in the pictures: at most half of them to be forgotten, then others
+PICTURES = 3  # to forget, in the pictures
 GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for a word beside a row, for a line of text
 WIDTH, SIDE = 640, 84  # pixels: of a line of text; to which small images are enlarged
 
@@ -38,84 +38,77 @@ class BeforeAfter:
         self.args, self.schedule = args, base.schedule
         if args.data == "prompts":
             self.evaluation = Prompted(args, base, model, device)
-        elif args.prompt:
-            raise UserError(f"--prompt '{args.prompt}': is for --preset prompts")
         else:
             data = load_training_set(args, base.model.config.image_shape, device)
             note_forgotten_before(data, set(base.forgotten) - set(args.forget))
             self.evaluation = Evaluation(args, data, device)
         self.data, self.prompt = self.evaluation.data, self.evaluation.prompt
-        self.film: list[Image.Image] = []
-        self.times = "t = " + ", ".join(map(str, args.memory_timesteps))
 
     def before(self, model: Model) -> None:
         """Measure the model before unlearning, and choose which samples the pictures show."""
         evaluation = self.evaluation
         self.figures_before = evaluation.figures(model, self.schedule, "before")
-        self.samples_before, self.back_before = evaluation.samples, evaluation.back
         found = evaluation.copies(evaluation.samples)
         copies, others = found.nonzero().flatten(), (~found).nonzero().flatten()
         self.shown = torch.cat([copies[: SHOWN // 2], others])[:SHOWN].tolist()
+        self.film = [self.page(model, "before unlearning")]
 
     def look(self, run: Run, model: Model) -> None:
         """Log how alike the picture comes back, and film it."""
-        evaluation, schedule = self.evaluation, self.schedule
-        sampler = guided(model, self.prompt, GUIDANCE)
+        predict, evaluation = guided(model, self.prompt, GUIDANCE), self.evaluation
         some = evaluation.originals["memory"][:LOOK_DRAWS]
-        back = evaluation.recall(sampler, schedule, some, evaluation.middle)
+        back = evaluation.recall(predict, self.schedule, some, evaluation.middle)
         run.log({"memory": metrics.similarity(back, some).mean()}, shown=("memory",))
+        self.film.append(self.page(model, f"step {run.step}"))
 
-        rows = [f"step {run.step}: the same noise each time"]
-        samples = evaluation.sample(sampler, schedule, self.shown, "looking")
+    def page(self, model: Model, title: str) -> Image.Image:
+        """What a model samples, and what it brings back of the first pictures to forget."""
+        predict, evaluation = guided(model, self.prompt, GUIDANCE), self.evaluation
+        rows: list[Row] = [f"{title}: the same noise each time"]
+        samples = evaluation.sample(predict, self.schedule, self.shown, "looking")
         for part in samples.split(SHOWN // 2):
             if len(part):
                 rows.append(("samples", part))
         times = self.args.memory_timesteps
-        back = [evaluation.recall(sampler, schedule, some[:1], t) for t in times]
-        rows += [f"noised to {self.times}, and denoised:", ("memory", torch.cat(back))]
-        self.film.append(sheet(rows))
+        rows.append(f"what to forget, noised to t = {', '.join(map(str, times))}, and denoised")
+        originals = evaluation.different[:PICTURES]
+        columns = [originals]
+        for t in times:
+            columns.append(evaluation.recall(predict, self.schedule, originals, t))
+        for images in zip(*columns, strict=True):
+            rows.append(("memory", torch.stack(images)))
+        return sheet(rows)
 
     def after(self, run: Run, model: Model) -> None:
         """Measure again; print the table, and write results.json and the pictures."""
         before, after = self.figures_before, self.evaluation.figures(model, self.schedule, "after")
+        last = self.page(model, f"after {run.step} steps")
         if machine.rank() > 0:
             return
         rows = [[f"forgetting: {self.data.name}", "before", "after"]]
         for name in before | after:
             rows.append([name, cell(name, [before.get(name)]), cell(name, [after.get(name)])])
         write_json(run.out / "results.json", {"before": before, "after": after})
-        sheet(self.page()).save(run.out / "before_after.png")
+        below([self.film[0], last]).save(run.out / "before_after.png")
         save_gif(run.out / "forgetting.gif", self.film)
         print(f"\n{aligned(rows)}\n")
         print(f"Look at {run.out}/before_after.png and forgetting.gif.")
         if self.evaluation.is_mnist:
             print(f"Next: python eval.py {shlex.quote(str(run.out))}")
 
-    def page(self) -> list[Row]:
-        """The rows of before_after.png: samples, and then the first three pictures to forget."""
-        evaluation = self.evaluation
-        rows: list[Row] = []
-        if self.shown:
-            rows.append("Samples before, and what the same noise gives after unlearning")
-            rows.append(("before", self.samples_before[self.shown]))
-            rows.append(("after", evaluation.samples[self.shown]))
-        rows.append(f"What is to be forgotten, noised to {self.times}, and denoised again")
-        for number, original in enumerate(evaluation.different[:3]):
-            rows.append(("original", original[None]))
-            for word, back in (("before", self.back_before), ("after", evaluation.back)):
-                images = [back["memory", t][number] for t in self.args.memory_timesteps]
-                rows.append((word, torch.stack(images)))
-        return rows
-
 
 def sheet(rows: list[Row]) -> Image.Image:
     """Rows of text and images, one below the other."""
-    strips = [strip(row) for row in rows]
-    width = max(picture.width for picture in strips)
-    height = sum(picture.height for picture in strips)
+    return below([strip(row) for row in rows])
+
+
+def below(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
+    width = max(picture.width for picture in pictures)
+    height = sum(picture.height for picture in pictures)
     page = Image.new("RGB", (width, height), "white")
     y = 0
-    for picture in strips:
+    for picture in pictures:
         page.paste(picture, (0, y))
         y += picture.height
     return page

@@ -20,8 +20,8 @@ Figures = dict[str, float]  # by their titles in the table
 class Evaluation:
     """Measures models on the same noise. Raises UserError where there is nothing to forget.
 
-    After a call of `figures`, `samples` and `back` have what was looked at, and `features` the
-    moments of the samples' features, for digits.
+    After a call of `figures`, `samples` has the samples, and `features` the moments of their
+    features, for digits.
     """
 
     prompt: Tensor | None = None  # the network has none
@@ -53,17 +53,15 @@ class Evaluation:
         self.samples = self.sample(model, schedule, list(range(self.args.samples)), title)
         self.features = None
         found = self.of_samples() if len(self.samples) else {}
-        self.back: dict[tuple[str, int], Tensor] = {}
         for name, originals in self.originals.items():
             for t in self.args.memory_timesteps:
                 back = self.recall(model, schedule, originals, t)
                 found[f"{name}, t = {t}"] = metrics.similarity(back, originals).mean().item()
-                self.back[name, t] = back
-            back = self.back[name, self.middle]
-            found[f"{name} in dB, t = {self.middle}"] = metrics.psnr(back, originals).mean().item()
-            if "sscd" in self.networks and name == "memory":
-                alike = metrics.copy_similarity(self.networks["sscd"], back, originals)
-                found["SSCD"] = alike.mean().item()
+                if t == self.middle:
+                    found[f"{name} in dB, t = {t}"] = metrics.psnr(back, originals).mean().item()
+                if t == self.middle and name == "memory" and "sscd" in self.networks:
+                    alike = metrics.copy_similarity(self.networks["sscd"], back, originals)
+                    found["SSCD"] = alike.mean().item()
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def sample(self, model: Model, schedule: NoiseSchedule, places: list[int],

@@ -134,8 +134,7 @@ class Run:
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
         self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in shown if name in numbers})
-        resumed_here = self.step == self.start > 0  # then this line is in the log already
-        if machine.rank() == 0 and not resumed_here:
+        if machine.rank() == 0:
             line = {"step": self.step, **numbers}
             with self.log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
