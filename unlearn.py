@@ -28,13 +28,12 @@ def main() -> int:
     at = machine.at_precision(device, args.precision, args.compile)
     base = checkpoint.load_any(args.checkpoint, device, args.memory_timesteps)
     # One network takes the steps, one is the average of its weights, one stays as it was.
-    model, average, old = base.model, copy.deepcopy(base.model), copy.deepcopy(base.model)
-    network, network_average, network_old = at(model), at(average), at(old)
+    model, average = base.model, copy.deepcopy(base.model)
+    network, network_average, network_old = at(model), at(average), at(copy.deepcopy(model))
     report = BeforeAfter(args, base, network_old, device)
     predict = guided(network, report.prompt)
-    settings = vars(args) | {"old": guided(network_old, report.prompt)}
-    if "nearest" in method.loss_takes:
-        settings["nearest"] = data.nearest_kept(report.data)
+    old = guided(network_old, report.prompt)
+    settings = vars(args) | {"old": old, "nearest": report.data.nearest}
     optimizer = AdamW(model.parameters(), args.lr, fused=True)
     with Run(args, model, average, optimizer, base.schedule, report.data, base) as this_run:
         report.before(network_old)

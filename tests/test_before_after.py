@@ -58,16 +58,17 @@ def test_a_folder_has_figures_of_forgotten_and_kept(script, tiny_checkpoint, tmp
     assert found["kept, t = 500"] == memory(tiny_checkpoint, data.to_float(kept), 500)
 
 
-def test_a_sheet_has_rows_of_enlarged_images():
-    white, grey = (torch.full((9, 1, 28, 28), value) for value in (1.0, 0.0))
-    page = before_after.sheet(["words", ("white", white), ("grey", grey[:2])])
-    step = 3 * 28 + before_after.GAP
-    left, top = before_after.LABEL + before_after.GAP, before_after.TEXT + before_after.GAP
-    second = top + step  # the row of greys
-    assert page.size == (before_after.LABEL + 9 * step, before_after.TEXT + 2 * step)
-    assert page.getpixel((left, top)) == (255, 255, 255)
-    assert page.getpixel((left + step, second)) == (128, 128, 128)  # the second of two greys
-    assert page.getpixel((left + 2 * step, second)) == (255, 255, 255)
+def test_a_grid_has_rows_of_enlarged_images():
+    white, grey = (torch.full((2, 1, 28, 28), value) for value in (1.0, 0.0))
+    page = before_after.grid(torch.cat([white, grey]), columns=3)
+    step, gap = 3 * 28 + before_after.GAP, before_after.GAP
+    assert page.size == (3 * step + gap, 2 * step + gap)
+    assert page.getpixel((step + gap, gap)) == (255, 255, 255)
+    assert page.getpixel((2 * step + gap, gap)) == (128, 128, 128)  # the first of two greys
+    assert page.getpixel((gap, step + gap)) == (128, 128, 128)  # the second, below
+    below = before_after.below([before_after.words("words"), page])
+    assert below.size == (before_after.WIDTH, before_after.TEXT + 2 * step + gap)
+    assert below.getpixel((gap, before_after.TEXT + step + gap)) == (128, 128, 128)
 
 
 def test_a_table_has_its_columns_aligned():

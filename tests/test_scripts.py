@@ -47,8 +47,7 @@ def siss_with_s(model, old, digits):
 
 
 def retrack(model, old, digits):
-    nearest = data.nearest_kept(digits, 10)
-    options = {"schedule": SCHEDULE, "retrack_weight": 0.005, "nearest": nearest}
+    options = {"schedule": SCHEDULE, "retrack_weight": 0.005, "nearest": digits.nearest}
     return partial(beyond.retrack, model, **options), [-1.0, -1.0]
 
 

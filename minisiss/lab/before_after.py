@@ -5,11 +5,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.functional import pad
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from minisiss.lab import machine, metrics
 from minisiss.lab.checkpoint import Checkpoint
@@ -23,10 +22,8 @@ from minisiss.schedule import Model
 LOOK_DRAWS = 8  # few, and the same at every look: only the model differs
 SHOWN = 12  # samples in the pictures: at most half of them to be forgotten, then others
 PICTURES = 3  # to forget, in the pictures
-GAP, LABEL, TEXT = 4, 60, 22  # pixels: between images, for a word beside a row, for a line of text
-WIDTH, SIDE = 640, 84  # pixels: of a line of text; to which small images are enlarged
-
-Row = str | tuple[str, Tensor]  # a line of text; a word and images [N, C, H, W] in [−1, 1]
+WIDTH, TEXT = 532, 22  # pixels, of a line of text
+GAP, SIDE = 4, 84  # pixels: between images; to which small images are enlarged
 
 
 class BeforeAfter:
@@ -64,20 +61,17 @@ class BeforeAfter:
     def page(self, model: Model, title: str) -> Image.Image:
         """What a model samples, and what it brings back of the first pictures to forget."""
         predict, evaluation = guided(model, self.prompt, GUIDANCE), self.evaluation
-        rows: list[Row] = [f"{title}: the same noise each time"]
-        samples = evaluation.sample(predict, self.schedule, self.shown, "looking")
-        for part in samples.split(SHOWN // 2):
-            if len(part):
-                rows.append(("samples", part))
+        rows = [words(f"{title}: the same noise each time")]
+        if self.shown:
+            samples = evaluation.sample(predict, self.schedule, self.shown, "looking")
+            rows.append(grid(samples, columns=SHOWN // 2))
         times = self.args.memory_timesteps
-        rows.append(f"what to forget, noised to t = {', '.join(map(str, times))}, and denoised")
-        originals = evaluation.different[:PICTURES]
-        columns = [originals]
+        seen = f"what to forget, noised to t = {', '.join(map(str, times))}, and denoised"
+        columns = [evaluation.different[:PICTURES]]
         for t in times:
-            columns.append(evaluation.recall(predict, self.schedule, originals, t))
-        for images in zip(*columns, strict=True):
-            rows.append(("memory", torch.stack(images)))
-        return sheet(rows)
+            columns.append(evaluation.recall(predict, self.schedule, columns[0], t))
+        by_picture = torch.stack(columns, dim=1).flatten(0, 1)
+        return below([*rows, words(seen), grid(by_picture, len(columns))])
 
     def after(self, run: Run, model: Model) -> None:
         """Measure again; print the table, and write results.json and the pictures."""
@@ -97,9 +91,19 @@ class BeforeAfter:
             print(f"Next: python eval.py {shlex.quote(str(run.out))}")
 
 
-def sheet(rows: list[Row]) -> Image.Image:
-    """Rows of text and images, one below the other."""
-    return below([strip(row) for row in rows])
+def words(text: str) -> Image.Image:
+    """A line of text."""
+    picture = Image.new("RGB", (WIDTH, TEXT), "white")
+    font = ImageFont.load_default(size=13)
+    ImageDraw.Draw(picture).text((GAP, TEXT // 2), text, "black", font, anchor="lm")
+    return picture
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images [N, C, H, W] in [−1, 1], row by row. Small ones are enlarged."""
+    scale = max(1, SIDE // images.shape[-1])
+    pixels = to_uint8(images).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return to_pil_image(make_grid(pixels, columns, padding=GAP, pad_value=255))
 
 
 def below(pictures: list[Image.Image]) -> Image.Image:
@@ -112,26 +116,6 @@ def below(pictures: list[Image.Image]) -> Image.Image:
         page.paste(picture, (0, y))
         y += picture.height
     return page
-
-
-def strip(row: Row) -> Image.Image:
-    """A line of text, or a word with images beside it. Small images are enlarged."""
-    if isinstance(row, str):
-        words = row
-        picture = Image.new("RGB", (WIDTH, TEXT), "white")
-    else:
-        words, images = row
-        scale = max(1, SIDE // images.shape[-1])
-        pixels = to_uint8(images).cpu().expand(-1, 3, -1, -1)
-        pixels = repeat(pixels, "n c h w -> n c (h a) (w b)", a=scale, b=scale)
-        pixels = pad(pixels, (GAP, 0, GAP, 0), value=255)  # to the left of each, and above
-        line = to_pil_image(rearrange(pixels, "n c h w -> c h (n w)"))
-        picture = Image.new("RGB", (LABEL + line.width, line.height), "white")
-        picture.paste(line, (LABEL, 0))
-    font = ImageFont.load_default(size=13)
-    place = GAP, picture.height // 2
-    ImageDraw.Draw(picture).text(place, words, "black", font, anchor="lm")
-    return picture
 
 
 def save_gif(path: Path, pages: list[Image.Image]) -> None:

@@ -4,10 +4,9 @@ import copy
 import sys
 import zlib
 from argparse import Namespace
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -137,6 +136,21 @@ class TrainingSet:
         """The pictures of A, each once: [number, C, H, W] float32 in [−1, 1]."""
         return to_float(self.forget[torch.arange(self.k)]).unique(dim=0)
 
+    @cached_property
+    def neighbours(self) -> tuple[Tensor, Tensor]:
+        """The different pictures of A, and of each the 10 nearest in X∖A: [number, 10, C, H, W]."""
+        keep, forgotten = self.keep, self.different_forgotten()
+        distances = []
+        for part in torch.arange(len(keep)).split(256):
+            distances.append(torch.cdist(forgotten.flatten(1), to_float(keep[part]).flatten(1)))
+        places = torch.cat(distances, dim=1).topk(min(10, len(keep)), largest=False).indices
+        return forgotten, torch.stack([to_float(keep[row]) for row in places])
+
+    def nearest(self, a: Tensor) -> Tensor:
+        """For ReTrack: [B, C, H, W] of A -> the nearest in X∖A of each, [B, 10, C, H, W]."""
+        forgotten, points = self.neighbours
+        return points[torch.cdist(a.flatten(1), forgotten.flatten(1)).argmin(dim=1)]
+
     def fingerprint(self) -> int:
         """A number that a resumed run knows its pictures by: of how many there are, and names."""
         words = f"{self.n} {getattr(self.images, 'names', [])}"
@@ -197,22 +211,6 @@ def read_sheet(name: str) -> Tensor:
     """The 28×28 pictures of a sheet in assets/, row by row: [N, 1, 28, 28] uint8."""
     sheet = pil_to_tensor(Image.open(ASSETS / name))
     return rearrange(sheet, "1 (row h) (column w) -> (row column) 1 h w", h=28, w=28)
-
-
-def nearest_kept(data: TrainingSet, count: int = 10) -> Callable[[Tensor], Tensor]:
-    """For ReTrack: a function from images a of A, [B, C, H, W], to the `count` images of X∖A that
-    are nearest to each, [B, count, C, H, W] in [−1, 1]. Reads X∖A."""
-    keep, forgotten = data.keep, data.different_forgotten()
-    distances = []
-    for part in torch.arange(len(keep)).split(256):
-        distances.append(torch.cdist(forgotten.flatten(1), to_float(keep[part]).flatten(1)))
-    places = torch.cat(distances, dim=1).topk(min(count, len(keep)), largest=False).indices
-    points = torch.stack([to_float(keep[row]) for row in places])
-
-    def nearest(a: Tensor) -> Tensor:
-        return points[torch.cdist(a.flatten(1), forgotten.flatten(1)).argmin(dim=1)]
-
-    return nearest
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from minisiss.lab import machine
 from minisiss.lab.cli import Parser, positive_int, run
-from minisiss.lab.data import TrainingSet, nearest_kept
+from minisiss.lab.data import TrainingSet
 from minisiss.lab.evaluation import aligned
 from minisiss.lab.presets import PRESETS
 from minisiss.schedule import NoiseSchedule
@@ -34,7 +34,7 @@ def main() -> int:
     images = torch.randint(256, (1000, *model.config.image_shape), dtype=torch.uint8)
     data = TrainingSet(images.to(device), k=10)
     settings = dict(lam=0.5, superfactor=9.0, subtract_until=1.0, draw_x="rest", grad_ratio=1.0,
-                    nearest=nearest_kept(data, 10), old=network)
+                    nearest=data.nearest, old=network)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     seconds = {name: [] for name in METHODS}
