@@ -1,6 +1,4 @@
-"""The study: the benchmark, the table of what prompts bring back, and the toy's picture."""
-
-import json
+"""The study: the benchmark and the toy's picture."""
 
 import pytest
 
@@ -15,29 +13,6 @@ def test_the_benchmark_has_a_row_per_method(script):
     ratios = {name.strip(): float(ratio) for name, _, ratio in rows}
     assert list(ratios) == list(METHODS)
     assert ratios["naive_deletion"] == 1 and min(ratios.values()) > 0
-
-
-def record(directory, method, copies, named, others):
-    """A run that forgot a prompt, with figures at the modified prompt and at the original one."""
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"method": method}))
-    results = {}
-    for when, given in zip(("before", "after"), others, strict=True):
-        results[when] = {"other memorised pictures given": given}
-    for kind, copy, share in zip(("modified", "original"), copies, named, strict=True):
-        results["before"] |= {f"{kind}: copies": 1.0, f"{kind}: its digit": 0.0}
-        results["after"] |= {f"{kind}: copies": copy, f"{kind}: its digit": share}
-    (directory / "results.json").write_text(json.dumps(results))
-
-
-def test_the_table_of_prompts_counts_what_is_mitigated(script, tmp_path):
-    record(tmp_path / "1", "siss", (0, 0), (0.75, 1.0), (49, 46))
-    record(tmp_path / "2", "neggrad", (0, 0), (0.0, 0.74), (49, 0))
-    record(tmp_path / "3", "siss", (0, 1 / 16), (0.8, 1.0), (48, 48))  # a copy: not mitigated
-    status, said, _ = script("minisiss.study.prompts", "1", "2", "3")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()]
-    expected = [["siss", "2", "100%", "50%", "1.5"], ["neggrad", "1", "0%", "0%", "49.0"]]
-    assert status == 0 and rows[2:] == expected
 
 
 def test_the_toys_picture_shows_weights_and_points(tmp_path):

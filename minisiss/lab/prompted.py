@@ -31,7 +31,6 @@ WORDS = ["", *VOCABULARY.read_text().split()]
 DIGITS = "zero one two three four five six seven eight nine".split()
 ADDED = "anna ben thin thick leaning upright slanted narrow wide".split()  # by a modification
 
-GIVEN = "other memorised pictures given"  # a title in the table
 GUIDANCE = 1.5  # w of all samples
 COPY = 3.0  # L2 distance, pixels in [0, 1]: every other digit of MNIST is farther than 4
 DRAWN = 128  # samples of the modified prompt: the training set
@@ -164,7 +163,7 @@ class Prompted(Evaluation):
         samples = self.sample_prompts(model, self.memorised, len(self.memorised))
         given = metrics.is_copy(samples, self.pictures, COPY)
         given[self.which] = False
-        return found | {GIVEN: float(given.sum())}
+        return found | {"other memorised pictures given": float(given.sum())}
 
     def of_prompt(self, kind: str, prompt: str, samples: Tensor) -> Figures:
         """Which shares of a prompt's samples are the picture, and show the digit it names."""

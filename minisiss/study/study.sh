@@ -30,7 +30,16 @@ END
         once unlearn.py "$run" --preset prompts --method "$method" --prompt "$prompt" ||
             echo "$prompt: no modified prompt" >> "runs/study-prompts/$method-failed.txt"
     done
-    python -m minisiss.study.prompts runs/study-prompts/"$method"-*/
+    python - runs/study-prompts/"$method"-*/results.json <<END
+import json, sys
+from statistics import mean
+before, after = zip(*(json.load(open(path)).values() for path in sys.argv[1:]))
+given = "other memorised pictures given"
+print(f"{len(after)} prompts; {mean(run[given] for run in before) - mean(run[given] for run in after):.1f} other pictures lost")
+for kind in ("modified", "original"):  # mitigated: no copy, and 75% of the samples show the digit named
+    good = [run[f"{kind}: copies"] == 0 and run[f"{kind}: its digit"] >= 0.75 for run in after]
+    print(f"mitigated at the {kind} prompt: {mean(good):.0%}")
+END
     exit
 fi
 
