@@ -35,7 +35,7 @@ def main() -> int:
     for name, found in models.items():
         network = at(found.model)
         made_by[name] = found.made_by
-        figures[name] = judge.figures(network, found.schedule, name)
+        figures[name] = judge.figures(network, found.schedule)
         figures[name] |= judge.likelihood(found.model, found.schedule)
         if judge.features:
             features[name] = judge.features

@@ -7,8 +7,6 @@
 import copy
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from minisiss.lab.cli import Parser, UserError, decay, number, positive, positive_int, run
 from minisiss.lab.presets import PRESETS
@@ -20,6 +18,8 @@ def main() -> int:
     import torch
 
     from minisiss.lab import data, machine
+    from minisiss.lab.before_after import grid
+    from minisiss.lab.metrics import draw_samples
     from minisiss.lab.run import Run
     from minisiss.losses import naive_deletion
     from minisiss.schedule import NoiseSchedule
@@ -31,8 +31,9 @@ def main() -> int:
     torch.manual_seed(args.seed)
     model = UNet(UNetConfig(**PRESETS[args.preset]["unet"])).to(device)  # takes the steps
     average = copy.deepcopy(model).requires_grad_(False)  # of its weights: what is kept
-    network = machine.at_precision(device, args.precision, args.compile)(model)
-    training_set = data.load_training_set(args, model.config.image_shape, device)
+    at = machine.at_precision(device, args.precision, args.compile)
+    network, shape = at(model), model.config.image_shape
+    training_set = data.load_training_set(args, shape, device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=True)
     loss = partial(naive_deletion, network, schedule=schedule)  # ε-matching on what is drawn
     draw_x = "rest" if args.exclude_forget else "all"
@@ -45,25 +46,15 @@ def main() -> int:
             update_average(average, model, args.ema, taken)
             if this_run.due(50):
                 this_run.log({"loss": figures["loss_keep"]}, shown=("loss",))
-            if this_run.due(args.sample_every) and machine.rank() == 0:
-                path = this_run.out / f"samples-{this_run.step:06d}.png"
-                save_samples(path, average, schedule)
+            if this_run.due(args.sample_every):
+                samples = draw_samples(at(average), schedule, [*range(64)], shape, args.seed, 25)
+                if machine.rank() == 0:
+                    path = this_run.out / f"samples-{this_run.step:06d}.png"
+                    grid(samples, columns=8).save(path)
     if not this_run.status:
         print(f"done: {this_run.path}; next: python unlearn.py --checkpoint {this_run.path}")
     machine.leave()
     return this_run.status
-
-
-def save_samples(path: Path, model: Any, schedule: Any) -> None:
-    """A picture of 64 samples, the same noise each time."""
-    import torch
-    from torchvision.utils import save_image
-
-    from minisiss.sampling import sample
-
-    noise = torch.Generator(schedule.gamma.device).manual_seed(0)
-    samples = sample(model, schedule, (64, *model.config.image_shape), generator=noise)
-    save_image(samples, path, normalize=True, value_range=(-1, 1))
 
 
 def parse_arguments() -> Namespace:

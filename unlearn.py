@@ -31,7 +31,6 @@ def main() -> int:
     model, average = base.model, copy.deepcopy(base.model)
     network, network_average, network_old = at(model), at(average), at(copy.deepcopy(model))
     report = BeforeAfter(args, base, network_old, device)
-    predict = guided(network, report.prompt)
     old = guided(network_old, report.prompt)
     settings = vars(args) | {"old": old, "nearest": report.data.nearest}
     optimizer = AdamW(model.parameters(), args.lr, fused=True)
@@ -43,7 +42,7 @@ def main() -> int:
             optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr)
             c = method.c_of(settings, progress=taken / args.steps)
             settings["lam"] = args.lam if c else 0.0  # nothing to subtract: no noisy image of a
-            loss = method.loss_of(predict, base.schedule, settings)
+            loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
             figures = step(loss, batch, c, optimizer, args.accumulate)
             update_average(average, model, args.ema, taken)
             if this_run.due(10):

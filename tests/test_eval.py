@@ -127,7 +127,7 @@ def test_figures_count_tshirts_and_judge_the_other_samples():
     args = Namespace(data="mnist", memory_timesteps=[500], draws=3, seed=0)
     args.samples, args.sampling_steps = 240, 3
     judge = evaluation.Evaluation(args, mnist_with_tshirt("bundled", "cpu"), torch.device("cpu"))
-    found = judge.figures(half, SCHEDULE, "")
+    found = judge.figures(half, SCHEDULE)
     copies = metrics.is_copy(judge.samples, tshirt)
     count = copies.sum().item()
     assert 72 < count < 140 and found["T-shirts"] == pytest.approx(count / 240)

@@ -44,7 +44,7 @@ class BeforeAfter:
     def before(self, model: Model) -> None:
         """Measure the model before unlearning, and choose which samples the pictures show."""
         evaluation = self.evaluation
-        self.figures_before = evaluation.figures(model, self.schedule, "before")
+        self.figures_before = evaluation.figures(model, self.schedule)
         found = evaluation.copies(evaluation.samples)
         copies, others = found.nonzero().flatten(), (~found).nonzero().flatten()
         self.shown = torch.cat([copies[: SHOWN // 2], others])[:SHOWN].tolist()
@@ -63,7 +63,7 @@ class BeforeAfter:
         predict, evaluation = guided(model, self.prompt, GUIDANCE), self.evaluation
         rows = [words(f"{title}: the same noise each time")]
         if self.shown:
-            samples = evaluation.sample(predict, self.schedule, self.shown, "looking")
+            samples = evaluation.sample(predict, self.schedule, self.shown)
             rows.append(grid(samples, columns=SHOWN // 2))
         times = self.args.memory_timesteps
         seen = f"what to forget, noised to t = {', '.join(map(str, times))}, and denoised"
@@ -75,7 +75,7 @@ class BeforeAfter:
 
     def after(self, run: Run, model: Model) -> None:
         """Measure again; print the table, and write results.json and the pictures."""
-        before, after = self.figures_before, self.evaluation.figures(model, self.schedule, "after")
+        before, after = self.figures_before, self.evaluation.figures(model, self.schedule)
         last = self.page(model, f"after {run.step} steps")
         if machine.rank() > 0:
             return

@@ -185,10 +185,9 @@ def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
 
 def note_forgotten_before(data: TrainingSet, names: set[str]) -> None:
     """Say on stderr which pictures would be trained in again: a model has forgotten them before."""
-    if not isinstance(data.images, ImageFolder) or machine.rank() > 0:
-        return
-    for name in sorted(names.intersection(data.images.names)):
-        print(f"warning: {name} was forgotten before: --forget or remove it", file=sys.stderr)
+    for name in sorted(names.intersection(getattr(data.images, "names", []))):
+        if machine.rank() == 0:
+            print(f"warning: {name} was forgotten before: --forget or remove it", file=sys.stderr)
 
 
 def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:

@@ -48,9 +48,9 @@ class Evaluation:
                 path = getattr(args, flag)
                 self.networks[flag] = metrics.load_torchscript(path, device)
 
-    def figures(self, model: Model, schedule: NoiseSchedule, title: str) -> Figures:
+    def figures(self, model: Model, schedule: NoiseSchedule) -> Figures:
         """What a model samples, and what it brings back of the pictures to forget."""
-        self.samples = self.sample(model, schedule, list(range(self.args.samples)), title)
+        self.samples = self.sample(model, schedule, list(range(self.args.samples)))
         self.features = None
         found = self.of_samples() if len(self.samples) else {}
         for name, originals in self.originals.items():
@@ -64,11 +64,10 @@ class Evaluation:
                     found["SSCD"] = alike.mean().item()
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
-    def sample(self, model: Model, schedule: NoiseSchedule, places: list[int],
-               title: str = "sampling") -> Tensor:
+    def sample(self, model: Model, schedule: NoiseSchedule, places: list[int]) -> Tensor:
         """The samples at these places, [N, C, H, W] in [−1, 1], on the CPU."""
         seed, steps = self.args.seed, self.args.sampling_steps
-        return metrics.draw_samples(model, schedule, places, self.shape, seed, steps, title)
+        return metrics.draw_samples(model, schedule, places, self.shape, seed, steps)
 
     def recall(self, model: Model, schedule: NoiseSchedule, originals: Tensor, t: int) -> Tensor:
         """What comes back of images that were noised to a timestep: [N, C, H, W]."""

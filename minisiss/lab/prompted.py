@@ -153,10 +153,10 @@ class Prompted(Evaluation):
         both = LEAST <= copies <= MOST and LEAST <= near.float().mean() <= MOST
         return both and others <= OTHERS and share_named(samples[~near], prompt) >= NAMED
 
-    def figures(self, model: Model, schedule: NoiseSchedule, title: str) -> Figures:
+    def figures(self, model: Model, schedule: NoiseSchedule) -> Figures:
         """What both prompts sample, and how many other memorised prompts give their picture."""
         at_modified = guided(model, self.prompt, GUIDANCE)
-        found = super().figures(at_modified, schedule, title)
+        found = super().figures(at_modified, schedule)
         found |= self.of_prompt("modified", self.modified, self.samples)
         samples = self.sample_prompts(model, [self.original], self.args.samples)
         found |= self.of_prompt("original", self.original, samples)
