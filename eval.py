@@ -24,10 +24,8 @@ def main() -> int:
     device = machine.start(args.device)
     models, errors = read_models(args.runs, device, args.memory_timesteps)
     shapes = {found.model.config.image_shape for found in models.values()}
-    if not models:
-        raise UserError("nothing to measure")
-    if len(shapes) > 1:
-        raise UserError("these models make images of several sizes: measure them one by one")
+    if len(shapes) != 1:
+        raise UserError("nothing to measure, or models whose images have several sizes")
     judge = evaluation.Evaluation(args, load_training_set(args, shapes.pop(), device), device)
     out = machine.gather(new_directory(args.out, "eval"))[0]
     at = machine.at_precision(device, args.precision, args.compile)

@@ -50,7 +50,6 @@ WRONG = [
     ("train_ddpm", "--data pictures --data-root folder --exclude-forget", ["--exclude-forget"]),
     ("unlearn", "--data pictures --data-root folder --forget c.png", ["c.png", "a.png"]),
     ("unlearn", "--forget a.png", ["--forget a.png", "--data pictures"]),
-    ("unlearn", "--prompt zero", ["--prompt 'zero'", "--preset prompts"]),
 ]
 
 

@@ -150,7 +150,7 @@ def test_what_is_no_torchscript_is_refused(content, tmp_path):
     path = tmp_path / "network.pt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="network.pt: is no TorchScript file"):
+    with pytest.raises(UserError, match="network.pt: cannot be read"):
         metrics.load_torchscript(path, torch.device("cpu"))
 
 

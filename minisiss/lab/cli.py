@@ -26,8 +26,8 @@ def rank() -> int:
 def run(main: Callable[[], int]) -> None:
     """Call a script's main function, and exit with its status.
 
-    What the user should know becomes one line on stderr: wrong input has status 2, a loss that is
-    not finite has status 1.
+    What the user should know becomes one line on stderr. Wrong input and a full disk have status 2,
+    a loss that is not finite has status 1.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows escapes
         stream.reconfigure(errors="backslashreplace")
@@ -36,15 +36,10 @@ def run(main: Callable[[], int]) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
     try:
         sys.exit(main())
-    except FloatingPointError as error:
-        complain(error)
-        sys.exit(1)
-    except (UserError, OSError) as error:  # OSError: a full disk is the user's too
-        complain(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        complain("interrupted")
-        sys.exit(130)
+    except (FloatingPointError, UserError, OSError, KeyboardInterrupt) as error:
+        complain(str(error) or "interrupted")
+        statuses = {FloatingPointError: 1, KeyboardInterrupt: 130}
+        sys.exit(statuses.get(type(error), 2))
 
 
 def complain(error: object) -> None:

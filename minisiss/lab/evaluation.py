@@ -43,10 +43,9 @@ class Evaluation:
             first = torch.arange(min(KEPT, len(data.keep)))
             self.originals["kept"] = to_float(data.keep[first])
         self.networks = {}  # of the user, by the flags of eval.py
-        for flag in ("sscd", "inception"):
-            if getattr(args, flag, None):
-                path = getattr(args, flag)
-                self.networks[flag] = metrics.load_torchscript(path, device)
+        for flag in {"sscd", "inception"} & vars(args).keys():
+            if vars(args)[flag]:
+                self.networks[flag] = metrics.load_torchscript(vars(args)[flag], device)
 
     def figures(self, model: Model, schedule: NoiseSchedule) -> Figures:
         """What a model samples, and what it brings back of the pictures to forget."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisiss.lab import files, machine
-from minisiss.lab.cli import UserError
 from minisiss.lab.data import ASSETS, step_generator, to_float, to_uint8
 from minisiss.sampling import denoise_from
 from minisiss.schedule import Model, NoiseSchedule
@@ -248,10 +247,8 @@ def load_torchscript(path: str, device: torch.device) -> nn.Module:
 
     Raises UserError for what is no TorchScript file.
     """
-    try:
+    with files.reading(path):
         return torch.jit.load(path, map_location=device).eval()
-    except Exception as error:  # a damaged file can fail anywhere
-        raise UserError(f"{path}: is no TorchScript file") from error
 
 
 @torch.inference_mode()
