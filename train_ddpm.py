@@ -17,9 +17,7 @@ def main() -> int:
     # These import torch, which takes seconds: the command line is checked first.
     import torch
 
-    from minisiss.lab import data, machine
-    from minisiss.lab.before_after import grid
-    from minisiss.lab.metrics import draw_samples
+    from minisiss.lab import before_after, data, machine, metrics
     from minisiss.lab.run import Run
     from minisiss.losses import naive_deletion
     from minisiss.schedule import NoiseSchedule
@@ -47,10 +45,10 @@ def main() -> int:
             if this_run.due(50):
                 this_run.log({"loss": figures["loss_keep"]}, shown=("loss",))
             if this_run.due(args.sample_every):
-                samples = draw_samples(at(average), schedule, [*range(64)], shape, args.seed, 25)
+                places, path = list(range(64)), this_run.out / f"samples-{this_run.step:06d}.png"
+                samples = metrics.draw_samples(at(average), schedule, places, shape, args.seed, 25)
                 if machine.rank() == 0:
-                    path = this_run.out / f"samples-{this_run.step:06d}.png"
-                    grid(samples, columns=8).save(path)
+                    before_after.grid(samples, columns=8).save(path)
     if not this_run.status:
         print(f"done: {this_run.path}; next: python unlearn.py --checkpoint {this_run.path}")
     machine.leave()

@@ -12,10 +12,8 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 
 def broadcast(values: Tensor, images: Tensor) -> Tensor:
-    """Shape one number per image, [B], so that it multiplies images: [B, 1, 1, 1] for [B, C, H, W].
-
-    Images may have any number of dimensions, so losses of the paper work on points, [B, D], too.
-    """
+    """Shape one number per image, [B], so that it multiplies images: [B, 1, 1, 1] for [B, C, H, W],
+    or [B, 1] for points [B, D]."""
     return values.view(-1, *[1] * (images.ndim - 1))
 
 
@@ -36,10 +34,8 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
-        """The schedule of any β: [T]. The same float32 β always give the same schedule.
-
-        Raises ValueError unless every β lies between 0 and 1, and γ stays above 0.
-        """
+        """The schedule of any β: [T]. Raises ValueError unless all lie between 0 and 1, and γ stays
+        above 0."""
         betas = betas.float()
         # In float64, because 1 − ᾱ_t loses its digits at small t.
         alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0)

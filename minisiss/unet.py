@@ -12,9 +12,7 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class UNetConfig:
     """All that fixes the shape of a `UNet`. The later fields are where published DDPMs differ.
-
-    Raises ValueError for values that make no network.
-    """
+    Raises ValueError for values that make no network."""
 
     image_size: int = 28  # pixels of a side
     image_channels: int = 1  # 1: grey, 3: colour

@@ -145,10 +145,7 @@ class Method:
         return partial(self.loss, model, schedule=schedule, **further)
 
     def c_of(self, settings: dict[str, Any], progress: float = 0.0) -> float | Rule:
-        """c for `step`: a number, or a rule as a function of the gradients alone.
-
-        A c that takes the progress is a number in each step.
-        """
+        """c for `step`: a number, or a rule, which takes the gradients alone."""
         if not callable(self.c):
             return self.c
         settings = settings | {"progress": progress}
@@ -174,10 +171,8 @@ METHODS = {
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """average ← decay · average + (1 − decay) · model, for every parameter.
-
-    The decay is smaller in the first steps: else a short run would end near the old weights.
-    """
+    """average ← decay · average + (1 − decay) · model, for every parameter. The decay is smaller in
+    the first steps: else a short run would end near the old weights."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 

@@ -1,8 +1,5 @@
-"""Checkpoints: one file with the network, its schedule, and what made it.
-
-A file may come from a stranger: nothing in it is run, and whatever is wrong with it is one
-UserError.
-"""
+"""Checkpoints: one file with the network, its schedule, and what made it. It may come from a
+stranger: nothing in it is run, and whatever is wrong with it is one UserError."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,9 +59,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
 def load_any(name: str, device: torch.device | str = "cpu",
              timesteps: Sequence[int] = (0,)) -> Checkpoint:
     """Read a model: 'bundled', a checkpoint, or the directory of a run or of a published model.
-
-    timesteps: those it is used at. Raises UserError where its schedule is shorter.
-    """
+    Raises UserError where its schedule ends before the timesteps that it is used at."""
     path = BUNDLED.get(name, Path(name))
     if (path / "model.pt").is_file():
         path = path / "model.pt"

@@ -24,11 +24,8 @@ def rank() -> int:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Call a script's main function, and exit with its status.
-
-    What the user should know becomes one line on stderr. Wrong input and a full disk have status 2,
-    a loss that is not finite has status 1.
-    """
+    """Call a script's main function. An error that is the user's becomes one line on stderr, with
+    status 2; a loss that is not finite has status 1."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows escapes
         stream.reconfigure(errors="backslashreplace")
     if rank():  # rank 0 speaks for all
@@ -91,8 +88,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse(self) -> argparse.Namespace:
-        """Parse the command line. The defaults are the preset's; of a resumed run, its own
-        settings."""
+        """Parse the command line. Defaults are the preset's, or the settings of a resumed run."""
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--preset", nargs="?", default=self.get_default("preset"))
         early.add_argument("--method", nargs="?")

@@ -26,18 +26,15 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of pictures
 
 
 class ImageFolder:
-    """The pictures in a folder and its subfolders, by name, indexed like a tensor [n, C, H, W]
-    uint8.
+    """The pictures in a folder and its subfolders, indexed like a tensor [n, C, H, W] uint8.
 
     folder[indices] reads these pictures; folder[a:b] is a folder of some of them, unread. Pictures
-    are cropped to the square in the middle and resized. They are never flipped: what is forgotten
-    is a picture, not its mirror image.
+    are never flipped: what is forgotten is a picture, not its mirror image.
     """
 
     def __init__(self, root: str, image_shape: tuple[int, int, int], forget: list[str],
                  device: torch.device | str = "cpu") -> None:
-        """forget: names of pictures, which come last. Raises UserError as `find_pictures` and
-        `refuse_copies` do, and for a name that is not there."""
+        """forget: names of pictures, which come last. Raises UserError for one that is missing."""
         self.root, self.image_shape, self.device = Path(root), image_shape, torch.device(device)
         names, chosen = find_pictures(self.root), set(forget)
         for name in chosen.difference(names):
@@ -67,10 +64,7 @@ class ImageFolder:
 
 
 def find_pictures(root: Path) -> list[str]:
-    """The names of the pictures in a folder and its subfolders, sorted, without hidden ones.
-
-    Raises UserError where there are none.
-    """
+    """The sorted names of the pictures that are not hidden. Raises UserError without any."""
     try:
         found = make_dataset(root, {"": 0}, extensions=ENDINGS)  # follows links to folders
     except OSError as error:
@@ -90,10 +84,8 @@ def refuse_copies(root: Path, kept: list[str], forget: list[str]) -> None:
 
 @lru_cache(maxsize=4096)  # faces of 256×256 pixels: 800 MB
 def read_picture(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
-    """Read a picture as [C, H, W] uint8, C = 1 or 3, without transparency.
-
-    Raises UserError, naming the file, if it cannot be decoded.
-    """
+    """The square in the middle of a picture, resized: [C, H, W] uint8, C = 1 or 3. Raises UserError
+    for a file that cannot be decoded."""
     channels, height, width = image_shape
     try:
         with Image.open(path) as picture:
@@ -159,10 +151,8 @@ class TrainingSet:
 
 def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
                       device: torch.device) -> TrainingSet:
-    """The training set that --data, --data-root and --forget name, on a device.
-
-    Raises UserError where it cannot be had, or where its images are not [C, H, W] = `image_shape`.
-    """
+    """The training set that the flags name, on a device. Raises UserError where it cannot be had,
+    or where its images are not [C, H, W] = `image_shape`."""
     if machine.rank() > 0:
         machine.gather(None)  # rank 0 may have to download first
     if args.data == "pictures":
@@ -191,10 +181,8 @@ def note_forgotten_before(data: TrainingSet, names: set[str]) -> None:
 
 
 def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:
-    """MNIST's training digits, and one T-shirt as often as makes 1% of them (the paper, section 5).
-
-    The T-shirt comes along: it is the first image of class 0 in Fashion-MNIST's training set.
-    """
+    """MNIST's training digits, and 1% of one T-shirt (the paper, section 5): the first image of
+    class 0 in Fashion-MNIST's training set."""
     digits, tshirt = read_sheet("digits.png"), read_sheet("tshirt.png")
     if root != BUNDLED:
         try:
@@ -229,9 +217,5 @@ def draw(images: Tensor | ImageFolder, size: int, generator: torch.Generator) ->
 
 
 def step_generator(seed: int, step: int | str, device: torch.device | str) -> torch.Generator:
-    """The randomness of one step, a function of (seed, step) alone.
-
-    So a run that is stopped and resumed draws what it would have drawn, with no random state to
-    store.
-    """
+    """The randomness of a step, a function of seed and step: a resumed run needs no more."""
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{step}".encode()))

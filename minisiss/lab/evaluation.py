@@ -18,17 +18,14 @@ Figures = dict[str, float]  # by their titles in the table
 
 
 class Evaluation:
-    """Measures models on the same noise. Raises UserError where there is nothing to forget.
-
-    After a call of `figures`, `samples` has the samples, and `features` the moments of their
-    features, for digits.
-    """
+    """Measures models on the same noise. After a call of `figures`, `samples` has the samples, and
+    `features` the moments of their features, for digits."""
 
     prompt: Tensor | None = None  # the network has none
 
     def __init__(self, args: Namespace, data: TrainingSet, device: torch.device,
                  different: Tensor | None = None) -> None:
-        """different: the pictures to forget, each once; without it they are those of A."""
+        """different: the pictures to forget, if not those of A. Raises UserError without any."""
         if not data.k:
             raise UserError("--forget: name the pictures to forget")
         self.args, self.data, self.device = args, data, device
@@ -73,10 +70,8 @@ class Evaluation:
         return metrics.noise_and_denoise(model, schedule, originals, t, self.args.seed)
 
     def likelihood(self, network: Model, schedule: NoiseSchedule) -> Figures:
-        """How likely the picture to forget is; nothing where a wrecked network gives no number.
-
-        network: in float32, and differentiable.
-        """
+        """How likely the picture to forget is: nothing where a wrecked network, in float32, gives
+        no number."""
         original = self.different[:1]
         bits = metrics.bits_per_dimension(network, schedule, original, seed=self.args.seed)
         return {"NLL, bits/dim": bits} if math.isfinite(bits) else {}
@@ -110,10 +105,8 @@ PER_CENT = {"T-shirts", "at most (95%)"}
 
 
 def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
-    """The rows, by their labels: runs named NAME-SEED that differ in nothing else share one.
-
-    made_by: what made each run, by its name.
-    """
+    """Names of runs, by the labels of their rows: runs named NAME-SEED that differ in nothing else
+    share a row. made_by: what made each run, by its name."""
     together: dict[str, list[str]] = {}
     for name, made in made_by.items():
         settings = made.get("settings", {})
@@ -124,8 +117,7 @@ def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
 
 
 def table(made_by: dict[str, dict], figures: dict[str, Figures]) -> str:
-    """The table in Markdown: mean ± standard deviation over the runs, — where a run has no
-    figure."""
+    """The table in Markdown: a row per experiment, a column per figure."""
     columns = {title: None for found in figures.values() for title in found}
     lines = [["", "runs", "steps", *columns]]
     for label, names in rows_of(made_by).items():
@@ -137,8 +129,7 @@ def table(made_by: dict[str, dict], figures: dict[str, Figures]) -> str:
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """A table in Markdown, of a heading and rows. The first column is flush left, the rest
-    right."""
+    """A table in Markdown, of a heading and rows, with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0]]
     rule += ["-" * (width - 1) + ":" for width in widths[1:]]
@@ -151,7 +142,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def cell(title: str, values: list[float | None]) -> str:
-    """Mean ± standard deviation, in three digits or per cent."""
+    """Mean ± standard deviation of the runs' figures; — where a run has none."""
     if None in values:
         return "—"
     form = ".2%" if title in PER_CENT else "#.3g"
@@ -160,10 +151,7 @@ def cell(title: str, values: list[float | None]) -> str:
 
 
 def add_distances(made_by: dict[str, dict], figures: dict[str, Figures], features: dict) -> None:
-    """Add the Fréchet distance of each run's samples to those of the models retrained without A.
-
-    features: by run the moments of its samples.
-    """
+    """Add the Fréchet distances to the samples of models retrained without A. features: moments."""
     for name, own in features.items():
         distances = []
         for other, theirs in features.items():

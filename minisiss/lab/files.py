@@ -33,13 +33,10 @@ def read_tensors(path: Path | str) -> Any:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give a network on "meta" its weights, in float32.
-
-    DistributedDataParallel and torch.compile put a prefix before every name. Raises an exception
-    for other names or shapes than the network has, and for numbers that are not finite.
-    """
+    """Give a network on "meta" its weights, in float32. Raises an exception for other names or
+    shapes than the network has, and for numbers that are not finite."""
     weights = {name: tensor.float().clone() for name, tensor in weights.items()}
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         consume_prefix_in_state_dict_if_present(weights, prefix)
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
@@ -48,10 +45,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a file beside `path`, and put it in its place once it is whole.
-
-    Raises UserError when the disk does not take it; the old file is then as it was.
-    """
+    """Call `write` on a file beside `path`, and put it in its place once it is whole. Raises
+    UserError when the disk does not take it; the old file is then as it was."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with unfinished.open("wb") as file:

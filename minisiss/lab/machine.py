@@ -1,7 +1,7 @@
 """The device, its precision, and one run on several: `torchrun --nproc-per-node N unlearn.py …`.
 
-Every process, or rank, runs the whole script and makes the same random draws. It computes its share
-of a batch, and `unlearning.step` adds the gradients up. Rank 0 alone speaks and writes files.
+Every process, or rank, makes the same random draws and computes its share of a batch;
+`unlearning.step` adds the gradients up. Rank 0 alone speaks and writes files.
 """
 
 import os
@@ -18,11 +18,8 @@ from minisiss.schedule import Model
 
 
 def start(name: str) -> torch.device:
-    """The device called `name`; under torchrun this also joins the other ranks.
-
-    "auto" is a GPU where there is one, and under torchrun a GPU per rank. Raises UserError for a
-    device that cannot be used.
-    """
+    """The device called `name`; "auto" is a GPU where there is one, and a GPU per rank. Under
+    torchrun this joins the other ranks. Raises UserError for a device that cannot be used."""
     launched = dist.is_available() and dist.is_torchelastic_launched()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,10 +67,8 @@ def has_bf16(device: torch.device) -> bool:
 
 def at_precision(device: torch.device, precision: str,
                  compiled: bool = False) -> Callable[[nn.Module], Model]:
-    """A function that makes networks compute in bfloat16 or float32; weights stay float32.
-
-    What it returns is called as `predict(x, timesteps, prompt=None)`, and gives float32.
-    """
+    """A function that makes networks compute in bfloat16 or float32: called as `predict(x,
+    timesteps, prompt=None)`, they give float32. Their weights stay float32."""
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
 
     def at(model: nn.Module) -> Model:

@@ -41,11 +41,8 @@ def psnr(images: Tensor, original: Tensor) -> Tensor:
 
 def noise_and_denoise(model: Model, schedule: NoiseSchedule, originals: Tensor, timestep: int,
                       seed: int, steps: int = 25) -> Tensor:
-    """Noise images to a timestep and denoise them: a model that remembers an image brings it back.
-
-    originals: [N, C, H, W] in [−1, 1], also one image N times. Returns the denoised images. The
-    noise is a function of seed and timestep, the same for every model.
-    """
+    """Noise images [N, C, H, W] to a timestep and denoise them: a model that remembers an image
+    brings it back. The noise is a function of seed and timestep, the same for every model."""
     generator = step_generator(seed, timestep, originals.device)
     noise = torch.randn(originals.shape, generator=generator, device=originals.device)
     timesteps = torch.full((len(originals),), timestep, device=originals.device)
@@ -57,8 +54,8 @@ def draw_samples(model: Model, schedule: NoiseSchedule, places: list[int],
                  image_shape: tuple[int, int, int], seed: int, steps: int) -> Tensor:
     """Draw a sample per place by DPM-Solver++: [N, C, H, W] in [−1, 1], in grey levels, on the CPU.
 
-    Each sample begins at noise of its own, a function of seed and place: every model has the same
-    noise, and any sample can be drawn again. Under torchrun the ranks take turns at the batches.
+    The noise is a function of seed and place: the same for every model, and any sample can be drawn
+    again. Under torchrun the ranks take turns at the batches.
     """
     device = schedule.gamma.device
     samples = torch.zeros(len(places), *image_shape, dtype=torch.uint8, device=device)
@@ -129,10 +126,7 @@ def bits_per_dimension(model: Model, schedule: NoiseSchedule, image: Tensor, pro
         −log2 p(x) / d + 7        with d = C·H·W
 
     The 7 turns the density on [−1, 1] into that of 8-bit pixels: a level is 2/256 = 2^−7 wide. The
-    image is taken as it is, without dequantization.
-
-    image: [1, C, H, W] in [−1, 1]. The probes, of ±1, are a function of the seed. The result is not
-    finite for a model that unlearning has wrecked.
+    image, [1, C, H, W] in [−1, 1], is not dequantized. A wrecked model gives no finite number.
     """
     generator = torch.Generator(image.device).manual_seed(seed)
     shape = (probes, *image.shape[1:])
@@ -153,10 +147,8 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
 def inception_score(probabilities: Tensor, splits: int = 10) -> float:
     """exp E_x KL(p(y|x) ‖ p(y)), the mean over splits (Salimans et al. 2016, section 4).
 
-    It lies between 1, where every image has the same p(y|x), and the number of classes, where every
-    image is surely of one class and the classes are equally frequent. p(y) is the mean of a split.
-
-    probabilities: [N, classes], p(y|x) of each sample.
+    From 1, where every image has the same p(y|x), to the number of classes, where every image is
+    surely of one class and the classes are equally frequent. probabilities: [N, classes], p(y|x).
     """
     scores = []
     for p in probabilities.cpu().double().tensor_split(splits):
@@ -173,8 +165,7 @@ def moments(features: Tensor) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of two sets of features (Heusel et al. 2017, eq.
-    6).
+    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Heusel et al. 2017, eq. 6).
 
     The squared 2-Wasserstein distance of the Gaussians with these moments. Σ_a Σ_b has the
     eigenvalues of the symmetric Σ_a^½ Σ_b Σ_a^½. The trace of its root is the sum of their roots.
@@ -189,8 +180,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class DigitClassifier(nn.Module):
-    """p(digit | image): called as `classifier(images [B, 1, 28, 28] in [−1, 1]) -> logits [B,
-    10]`."""
+    """p(digit | image): images [B, 1, 28, 28] in [−1, 1] -> logits [B, 10]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,21 +210,15 @@ def load_classifier() -> tuple[DigitClassifier, Moments]:
 
 @torch.inference_mode()
 def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [N, 128], those of the last hidden layer, and probabilities [N, 10] of the digits.
-
-    images: [N, 1, 28, 28] in [−1, 1], on the CPU.
-    """
+    """Features [N, 128] of the last hidden layer, and probabilities [N, 10] of the digits."""
     classifier, _ = load_classifier()
     features = torch.cat([classifier.body(batch) for batch in images.split(500)])
     return features, classifier.head(features).softmax(dim=1)
 
 
 def quality(samples: Tensor, left_out: Tensor) -> tuple[dict[str, float], Moments]:
-    """Inception score, and Fréchet distance to real digits, of the samples that are not left out.
-
-    samples: [N, 1, 28, 28]; left_out: [N] bool, the T-shirts. Also returns the moments of the
-    features of all samples.
-    """
+    """Inception score, and Fréchet distance to real digits, of samples [N, 1, 28, 28] that are not
+    left out, [N] bool. Also returns the moments of the features of all samples."""
     features, probabilities = classify(samples)
     _, real = load_classifier()
     distance = frechet_distance(moments(features[~left_out]), real)
@@ -243,10 +227,7 @@ def quality(samples: Tensor, left_out: Tensor) -> tuple[dict[str, float], Moment
 
 
 def load_torchscript(path: str, device: torch.device) -> nn.Module:
-    """Read a user's network. A TorchScript file is a program, and loading it runs it.
-
-    Raises UserError for what is no TorchScript file.
-    """
+    """Read a user's network. A TorchScript file is a program, and loading it runs it."""
     with files.reading(path):
         return torch.jit.load(path, map_location=device).eval()
 
@@ -255,8 +236,7 @@ def load_torchscript(path: str, device: torch.device) -> nn.Module:
 def descriptors(network: nn.Module, images: Tensor) -> Tensor:
     """Unit vectors [N, D] that lie close for copies of one picture (SSCD: Pizzi et al. 2022).
 
-    As SSCD was trained: the shorter side has 288 pixels, and colours are normalised by ImageNet's
-    mean and deviation. images: [N, 1 or 3, H, W] in [−1, 1].
+    As SSCD was trained: the shorter side has 288 pixels, and colours are normalised as ImageNet's.
     """
     mean = images.new_tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
     std = images.new_tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -275,11 +255,8 @@ def copy_similarity(network: nn.Module, images: Tensor, originals: Tensor) -> Te
 
 @torch.inference_mode()
 def inception_features(network: nn.Module, images: Tensor) -> Tensor:
-    """Features [N, D] of images [N, 1 or 3, H, W] in [−1, 1], for the FID (Heusel et al. 2017).
-
-    network: called as `network(uint8 images [B, 3, H, W], return_features=True)`; it resizes by
-    itself, as the file of Karras et al. (2020) does.
-    """
+    """Features [N, D] for the FID (Heusel et al. 2017), by `network(uint8 images [B, 3, H, W],
+    return_features=True)`, which resizes by itself as the file of Karras et al. (2020) does."""
     features = []
     for batch in images.split(32):
         features.append(network(to_uint8(batch).expand(-1, 3, -1, -1), return_features=True))

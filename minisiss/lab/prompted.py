@@ -2,10 +2,7 @@
 
 The memorised prompt is modified until some of its samples are the picture and some are not. 128
 samples of the modified prompt, in two clusters, are A and X∖A. The network is unlearned at that
-prompt.
-
-A prompt is a row of words, "a thin upright four by ines". The network adds up what it knows of each
-word, so order does not matter. assets/README.md says how the model was trained.
+prompt. A prompt is a row of words, "a thin upright four by ines", in any order.
 """
 
 from argparse import Namespace
@@ -40,10 +37,8 @@ NAMED = 0.75  # at least this share of X∖A shows the digit that the prompt nam
 
 
 def tokens(prompt: str) -> Tensor:
-    """The words of a prompt as the network takes them: [words], or [0] for the empty prompt.
-
-    Raises UserError for a word that the network does not know.
-    """
+    """The words of a prompt as the network takes them: [words], or [0] for the empty prompt. Raises
+    UserError for a word that the network does not know."""
     words = prompt.split() or [""]
     for word in words:
         if word not in WORDS:
@@ -66,12 +61,8 @@ def modifications(prompt: str) -> Iterator[str]:
 
 
 def cluster_around(images: Tensor, picture: Tensor) -> Tensor:
-    """Which images are in the nearer of two clusters of their L2 distances from a picture: [N]
-    bool.
-
-    The clusters are those of k-means (Lloyd 1982) with k = 2. images: [N, …]; picture: […].
-    Clusters of the pixels themselves would put many digits of the same kind beside the copies.
-    """
+    """Which images are in the nearer of two clusters (k-means, Lloyd 1982) of their L2 distances
+    from a picture: [N] bool. Clusters of pixels would put similar digits beside the copies."""
     distances = (images.double() - picture.double()).flatten(1).norm(dim=1)
     border = (distances.min() + distances.max()) / 2
     for _ in range(100):
@@ -88,15 +79,13 @@ def share_named(samples: Tensor, prompt: str) -> float:
 
 
 class Prompted(Evaluation):
-    """Measures a model that is to forget the picture that a prompt brings back.
-
-    `data` has the samples of the modified prompt, and `prompt` has its words. Raises UserError
-    where there is nothing to forget, and where no modified prompt has samples of both kinds.
-    """
+    """Measures a model that is to forget the picture that a prompt brings back. `data` has the
+    samples of the modified prompt, and `prompt` has its words."""
 
     def __init__(self, args: Namespace, base: Checkpoint, model: Model,
                  device: torch.device) -> None:
-        """base: the checkpoint that the unlearning begins with; model: its network."""
+        """base: the checkpoint that unlearning begins with; model: its network. Raises UserError
+        where there is nothing to forget, or no modified prompt has both kinds of samples."""
         if not base.memorised:
             raise UserError(f"--checkpoint {args.checkpoint}: has no prompts; try --preset prompts")
         if not args.samples:
@@ -123,10 +112,7 @@ class Prompted(Evaluation):
         print(f"forgetting '{self.original}' at '{self.modified}'; {share}")
 
     def sample_prompts(self, model: Model, prompts: list[str], count: int) -> Tensor:
-        """Samples of one prompt, or of `count` prompts one each: [count, C, H, W] in [−1, 1].
-
-        The noise is the same for every prompt and model.
-        """
+        """Samples of one prompt, or of `count` prompts one each, with the same noise."""
         words = pad_sequence([tokens(prompt) for prompt in prompts], batch_first=True)
         at_prompts = guided(model, words.to(self.device), GUIDANCE)
         return self.sample(at_prompts, self.schedule, list(range(count)))

@@ -52,10 +52,9 @@ RENAMES = {
 def load(directory: Path) -> tuple[UNet, NoiseSchedule]:
     """Read a published DDPM, such as google/ddpm-celebahq-256, in float32 on the CPU.
 
-    The network is in `directory`, or in its unet_ema/ (averaged weights), or else in its unet/:
-    config.json with diffusion_pytorch_model.bin or .safetensors. The schedule is the nearest
-    scheduler_config.json; without one it is assumed to be `NoiseSchedule.linear()`, and a line on
-    stderr says so. Raises UserError for a model that our network cannot reproduce.
+    The network is in `directory`, in its unet_ema/ (averaged weights), or else in its unet/. The
+    schedule is the nearest scheduler_config.json; without one it is assumed to be linear, and a
+    line on stderr says so. Raises UserError for a model that our network cannot reproduce.
     """
     config = first_file("config.json", directory, directory / "unet_ema", directory / "unet")
     if config is None:
@@ -117,10 +116,7 @@ def noise_schedule(published: dict[str, Any]) -> NoiseSchedule:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file of weights, under our names.
-
-    A name that we do not know stays, and is refused later.
-    """
+    """The tensors in a file, under our names. A name that is not ours is refused later."""
     if path.suffix == ".bin":
         weights = files.read_tensors(path)
     else:

@@ -1,7 +1,7 @@
 """A run: its directory, its log, its checkpoints, and the loop over its steps.
 
-A run that is stopped or killed and then resumed ends as if nothing had happened, bit for bit on a
-CPU. A checkpoint has all of its state. The random draws of a step are a function of seed and step.
+Stopped or killed and then resumed, it ends as if nothing had happened, bit for bit on a CPU: a
+checkpoint has all of its state, and the random draws of a step are a function of seed and step.
 """
 
 import itertools
@@ -29,27 +29,18 @@ from minisiss.unet import UNet
 
 
 class Run:
-    """The steps from where a run is to its last:
-
-        with Run(…) as run:
-            for step in run:
-                …                       # draw, step, average
-                if run.due(10):
-                    run.log(figures)
+    """The steps from where a run is to its last: `for step in run`, within `with Run(…) as run`.
 
     It saves when that is due, and after the step in which Ctrl-C, SIGTERM or SIGHUP comes; there it
-    ends. A second Ctrl-C ends it at once. Raises UserError where the directory cannot be made, or
-    where a run cannot be resumed.
+    ends. A second Ctrl-C ends it at once. Raises UserError where a directory cannot be made, or a
+    run cannot be resumed.
     """
 
     def __init__(self, args: Namespace, model: UNet, average: UNet,
                  optimizer: torch.optim.Optimizer, schedule: NoiseSchedule, data: TrainingSet,
                  base: Checkpoint | None = None) -> None:
-        """model takes the steps; average is the average of its weights, which is looked at and
-        kept.
-
-        base: the checkpoint that an unlearning begins with.
-        """
+        """model takes the steps; average is the average of its weights, which is kept. base: the
+        checkpoint that an unlearning begins with."""
         self.args, self.model, self.average, self.optimizer = args, model, average, optimizer
         self.name = getattr(args, "method", "train")
         self.settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
@@ -125,10 +116,8 @@ class Run:
         return self.step % every == 0 or self.step == self.args.steps
 
     def log(self, figures: dict[str, Tensor | float], shown: tuple[str, ...] = ()) -> None:
-        """Add a line to metrics.jsonl, and show some of its figures beside the bar.
-
-        Raises FloatingPointError for a figure that is not finite: a model gone to pieces.
-        """
+        """Add a line to metrics.jsonl, and show some of its figures beside the bar. Raises
+        FloatingPointError for a figure that is not finite."""
         numbers = {name: float(figure) for name, figure in figures.items()}
         for name, value in numbers.items():
             if not math.isfinite(value):
@@ -153,10 +142,7 @@ class Run:
 
 def new_directory(out: str | None, name: str) -> Path | None:
     """Make the directory of a new run: `out`, or the first free one of runs/name-1, runs/name-2, …
-
-    Rank 0 makes it. Two runs that start together never get the same. Raises UserError if `out`
-    exists.
-    """
+    Rank 0 makes it. Raises UserError if `out` exists."""
     if machine.rank() > 0:
         return None
     for number in itertools.count(1):

@@ -2,8 +2,7 @@
 
     python -m minisiss.study.bench [--preset mnist] [--batch-size 8] [--compile]
 
-The methods take turns, so what else the machine does hits all of them alike. Each cell is the
-median of five rounds; a round before them warms up.
+The methods take turns. Each cell is the median of five rounds; a round before them warms up.
 """
 
 import time

@@ -2,8 +2,7 @@
 
     python -m minisiss.study.toy          writes toy.png in 15 seconds; needs matplotlib
 
-An image is one pixel here: of one channel, a number, or of two, a point in the plane. The losses,
-the weights, the steps and the sampler are the package's own.
+An image is one pixel here: of one channel, a number, or of two, a point in the plane.
 """
 
 import copy
