@@ -74,9 +74,9 @@ def parse_arguments() -> Namespace:
     parser.add_data("bundled")
     parser.add_sampling()
     parser.add_machine()
-    words = "a TorchScript file, which is code: take it only from whom you trust"
-    add("--sscd", metavar="FILE", help=f"copy-detection network for what comes back; {words}")
-    add("--inception", metavar="FILE", help=f"Inception network for the FID; {words}")
+    words = "a TorchScript file is code: take it from whom you trust"
+    add("--sscd", metavar="FILE", help=f"for copies; {words}")
+    add("--inception", metavar="FILE", help=f"for the FID; {words}")
     add("--out", help="directory of this evaluation (default: runs/eval-N)")
     return parser.parse()
 

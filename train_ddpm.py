@@ -33,7 +33,7 @@ def main() -> int:
     network, shape = at(model), model.config.image_shape
     training_set = data.load_training_set(args, shape, device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=True)
-    loss = partial(naive_deletion, network, schedule=schedule)  # ε-matching on what is drawn
+    loss = partial(naive_deletion, network, schedule=schedule)  # ε-matching
     draw_x = "rest" if args.exclude_forget else "all"
     with Run(args, model, average, optimizer, schedule, training_set) as this_run:
         for taken in this_run:  # steps taken so far
@@ -63,8 +63,8 @@ def parse_arguments() -> Namespace:
     add("--steps", type=positive_int, default=20, help="optimizer steps")
     add("--batch-size", type=positive_int, default=64, help="images per step")
     add("--lr", type=positive, default=1e-3, help="peak learning rate of AdamW")
-    add("--warmup", type=number(int, 0, 10**9), default=0, help="steps in which the rate rises")
-    add("--ema", type=decay, default=0.999, help="decay of the averaged weights, which are kept")
+    add("--warmup", type=number(int, 0, 10**9), default=0, help="steps of a rising rate")
+    add("--ema", type=decay, default=0.999, help="decay of the averaged weights")
     add("--sample-every", type=positive_int, default=2000, help="steps between samples")
     parser.add_machine()
     parser.add_run("train", save_every=500)

@@ -53,7 +53,7 @@ def sample_mixture(x: Tensor, a: Tensor, noise: Tensor, pick: Tensor, gamma: Ten
     return broadcast(gamma, x) * chosen + broadcast(sigma, x) * noise
 
 
-MAX_DELTA = 40.0  # a weight of e^−40 counts for nothing, and one of e^40 is still finite in float32
+MAX_DELTA = 40.0  # e^−40 counts for nothing, and float32 holds e^40
 
 
 def importance_weights(m: Tensor, x: Tensor, a: Tensor, gamma: Tensor, sigma: Tensor,

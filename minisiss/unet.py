@@ -16,16 +16,16 @@ class UNetConfig:
 
     image_size: int = 28  # pixels of a side
     image_channels: int = 1  # 1: grey, 3: colour
-    channels: tuple[int, ...] = (64, 128, 256)  # per level; each level has half the resolution
-    layers_per_block: int = 2  # residual blocks per level on the way down; one more on the way up
-    attention_levels: tuple[int, ...] = (1,)  # levels with self-attention; the first level is 0
+    channels: tuple[int, ...] = (64, 128, 256)  # per level, of half the resolution each
+    layers_per_block: int = 2  # residual blocks per level; one more on the way up
+    attention_levels: tuple[int, ...] = (1,)  # with self-attention; the first level is 0
     head_channels: int | None = None  # channels per attention head; None: a single head
     norm_groups: int = 32  # groups of GroupNorm
     norm_eps: float = 1e-6  # ε of GroupNorm
     downsample_padding: int = 1  # 1: on all sides; 0: below and to the right (Ho et al.)
     flip_sin_to_cos: bool = False  # time embedding: False: [sin, cos]; True: [cos, sin]
     freq_shift: int = 1  # time embedding: frequencies 10000^(−i / (half − freq_shift))
-    vocabulary: int = 0  # words of prompts, word 0 is the null word; 0: a network without prompts
+    vocabulary: int = 0  # words of prompts, with the null word; 0: no prompts
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -34,7 +34,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         last = len(self.channels) - 1
-        attention_levels = {*self.attention_levels, last}  # the middle of the network has the last
+        attention_levels = {*self.attention_levels, last}  # the middle has the last
         head = self.head_channels or 1
         fits = (
             min(self.image_size, self.norm_groups, head) > 0
@@ -156,7 +156,7 @@ class UNet(nn.Module):
 
         self.time = nn.Sequential(*make_mlp(channels[0]))
         self.prompt = None
-        if config.vocabulary:  # an MLP of the sum of a prompt's words; the null word adds nothing
+        if config.vocabulary:  # an MLP of the sum of the words; the null word is 0
             words = nn.EmbeddingBag(config.vocabulary, time_channels, mode="sum", padding_idx=0)
             nn.init.normal_(words.weight, std=0.2)  # training hardly moves larger ones
             self.prompt = nn.Sequential(words, *make_mlp(time_channels))

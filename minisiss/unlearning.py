@@ -85,7 +85,7 @@ def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Ru
         else:
             add_gradient(keep - c * forget, parameters, g_keep)  # g itself
         means += torch.stack([keep.detach(), forget.detach()])
-        del keep, forget  # with them goes the graph, before the next part makes its own
+        del keep, forget  # and the graph, before the next part makes its own
     sum_over_ranks([means, *g_keep, *g_forget])
 
     figures = {"loss_keep": means[0], "loss_forget": means[1]}
@@ -93,7 +93,7 @@ def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Ru
         c = c(g_keep, g_forget)
         figures |= {"norm_keep": norm(g_keep), "norm_forget": norm(g_forget)}
         for keep, forget in zip(g_keep, g_forget, strict=True):
-            keep -= c * forget  # in place: a third gradient would take memory
+            keep -= c * forget  # in place, to save memory
     for parameter, g in zip(parameters, g_keep, strict=True):
         parameter.grad = g
     figures["c"] = torch.as_tensor(c, device=means.device)

@@ -19,8 +19,8 @@ from minisiss.lab.run import Run, write_json
 from minisiss.sampling import guided
 from minisiss.schedule import Model
 
-LOOK_DRAWS = 8  # few, and the same at every look: only the model differs
-SHOWN = 12  # samples in the pictures: at most half of them to be forgotten, then others
+LOOK_DRAWS = 8  # few, and the same at every look
+SHOWN = 12  # samples in the pictures, at most half of them to be forgotten
 PICTURES = 3  # to forget, in the pictures
 WIDTH, TEXT = 532, 22  # pixels, of a line of text
 GAP, SIDE = 4, 84  # pixels: between images; to which small images are enlarged

@@ -26,7 +26,7 @@ class Checkpoint:
     schedule: NoiseSchedule
     made_by: dict[str, Any]  # script, settings, steps
     memorised: dict[str, Tensor] = field(default_factory=dict)  # by prompt, [C, H, W] uint8
-    forgotten: list[str] = field(default_factory=list)  # names of pictures, by this run or before
+    forgotten: list[str] = field(default_factory=list)  # names of pictures
     training: dict[str, Any] = field(default_factory=dict)  # what a resumed run needs
 
 

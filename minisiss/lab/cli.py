@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ decay = number(float, 0, 0.999999)
 MAY_CHANGE = {"device", "precision", "compile", "save_every", "data_root"}
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, but not those that are None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -119,12 +120,11 @@ class Parser(argparse.ArgumentParser):
     def add_data(self, root: str) -> None:
         add = self.add_argument
         add("--data", choices=["mnist", "prompts", "pictures"], default="mnist",
-            help="mnist: digits and a T-shirt; prompts: digits with captions; pictures: a folder")
+            help="digits and a T-shirt, digits with captions, or a folder")
         add("--data-root", default=root,
-            help="pictures: the folder; else MNIST in torchvision's layout, downloaded if "
-            "missing, or 'bundled': the 10,000 digits that come along")
+            help="of pictures, or of MNIST, which is downloaded; 'bundled': 10,000 digits")
         add("--forget", nargs="+", default=[], metavar="NAME",
-            help="pictures to forget, by their names in the folder")
+            help="pictures to forget, in the folder")
 
     def add_machine(self) -> None:
         add = self.add_argument

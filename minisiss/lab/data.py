@@ -21,7 +21,7 @@ from minisiss.lab import machine
 from minisiss.lab.cli import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BUNDLED = "bundled"  # the --data-root that stands for the digits in assets/
+BUNDLED = "bundled"  # the --data-root of the digits in assets/
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of pictures
 
 
@@ -93,7 +93,7 @@ def read_picture(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
             picture = ImageOps.exif_transpose(picture)
             picture = picture.convert("L" if channels == 1 else "RGB")
             return pil_to_tensor(ImageOps.fit(picture, (width, height)))
-    except Exception as error:  # a damaged file can fail anywhere in a decoder
+    except Exception as error:  # a decoder can fail anywhere
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
 
@@ -159,7 +159,7 @@ def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
         folder = ImageFolder(args.data_root, image_shape, args.forget, device)
         data = TrainingSet(folder, len(args.forget), name=", ".join(args.forget[:3]))
     elif args.forget:
-        raise UserError(f"--forget {args.forget[0]}: names a picture, and needs --data pictures")
+        raise UserError(f"--forget {args.forget[0]}: needs --data pictures")
     elif args.data == "prompts":
         raise UserError("--data prompts: is for unlearn.py")
     else:
@@ -187,7 +187,7 @@ def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:
     if root != BUNDLED:
         try:
             digits = MNIST(root, download=True).data[:, None]
-        except Exception as error:  # torchvision's readers have no exception of their own
+        except Exception as error:  # torchvision has none of its own
             remedy = f"put its four IDX files in {root}/MNIST/raw, or use --data-root {BUNDLED}"
             raise UserError(f"--data-root {root}: no readable MNIST ({error}); {remedy}") from error
     k = len(digits) // 100

@@ -52,6 +52,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         with unfinished.open("wb") as file:
             write(file)
         unfinished.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch.save: RuntimeError
         unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written, and is as it was: {error}") from error

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minisiss.lab.cli import UserError, rank  # noqa: F401 (machine.rank for the others)
+from minisiss.lab.cli import UserError, rank  # noqa: F401 (machine.rank)
 from minisiss.schedule import Model
 
 

@@ -29,7 +29,7 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 ADDED = "anna ben thin thick leaning upright slanted narrow wide".split()  # by a modification
 
 GUIDANCE = 1.5  # w of all samples
-COPY = 3.0  # L2 distance, pixels in [0, 1]: every other digit of MNIST is farther than 4
+COPY = 3.0  # L2 distance, pixels in [0, 1]; other digits of MNIST are farther than 4
 DRAWN = 128  # samples of the modified prompt: the training set
 LEAST, MOST = 0.2, 0.8  # share of the modified prompt's samples that are the picture
 OTHERS = 0.2  # at most this share of them are other memorised pictures
@@ -66,7 +66,7 @@ def cluster_around(images: Tensor, picture: Tensor) -> Tensor:
     distances = (images.double() - picture.double()).flatten(1).norm(dim=1)
     border = (distances.min() + distances.max()) / 2
     for _ in range(100):
-        inside = distances < border  # none, if all distances are equal; then the border is NaN
+        inside = distances < border  # none, if all distances are equal
         border = (distances[inside].mean() + distances[~inside].mean()) / 2
     return inside
 
