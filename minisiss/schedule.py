@@ -39,10 +39,9 @@ class NoiseSchedule:
         betas = betas.float()
         # In float64, because 1 − ᾱ_t loses its digits at small t.
         alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0)
-        if betas.ndim != 1 or not len(betas) or not 0 < betas.min() <= betas.max() < 1:
-            raise ValueError("the betas of a schedule are a list of numbers between 0 and 1")
-        if not alphas_cumprod.float().min() > 0:
-            raise ValueError("the betas leave nothing of the image: ᾱ is 0 in float32")
+        fits = betas.ndim == 1 and len(betas) and 0 < betas.min() and betas.max() < 1
+        if not fits or alphas_cumprod[-1].float() == 0:  # 0 would leave nothing of the image
+            raise ValueError("the betas of a schedule lie between 0 and 1, and ᾱ is above 0")
         gamma, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         return cls(betas, alphas_cumprod.float(), gamma.float(), sigma.float())
 

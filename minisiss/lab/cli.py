@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ decay = number(float, 0, 0.999999)
 MAY_CHANGE = {"device", "precision", "compile", "save_every", "data_root"}
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, but not those that are None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
