@@ -42,8 +42,7 @@ def main() -> int:
             optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr, args.warmup)
             figures = step(loss, batch, 0.0, optimizer)
             update_average(average, model, args.ema, taken)
-            if this_run.due(50):
-                this_run.log({"loss": figures["loss_keep"]}, shown=("loss",))
+            this_run.log({"loss": figures["loss_keep"]}, every=50, shown=("loss",))
             if this_run.due(args.sample_every):
                 places, path = list(range(64)), this_run.out / f"samples-{this_run.step:06d}.png"
                 samples = metrics.draw_samples(at(average), schedule, places, shape, args.seed, 25)

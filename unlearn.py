@@ -45,8 +45,7 @@ def main() -> int:
             loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
             figures = step(loss, batch, c, optimizer, args.accumulate)
             update_average(average, model, args.ema, taken)
-            if this_run.due(10):
-                this_run.log(figures, shown=("loss_keep", "loss_forget"))
+            this_run.log(figures, every=10, shown=("loss_keep", "loss_forget"))
             if this_run.due(args.evaluate_every):
                 report.look(this_run, network_average)
     if not this_run.status:

@@ -115,14 +115,16 @@ class Run:
         """Whether something is due that happens every so many steps, and after the last."""
         return self.step % every == 0 or self.step == self.args.steps
 
-    def log(self, figures: dict[str, Tensor | float], shown: tuple[str, ...] = ()) -> None:
-        """Add a line to metrics.jsonl, and show some of its figures beside the bar. Raises
-        FloatingPointError for a figure that is not finite."""
+    def log(self, figures: dict[str, Tensor], shown: tuple[str, ...], every: int = 1) -> None:
+        """In every so many steps add a line to metrics.jsonl, and show some of its figures beside
+        the bar. Raises FloatingPointError for a figure that is not finite."""
+        if not self.due(every):
+            return
         numbers = {name: float(figure) for name, figure in figures.items()}
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
-        self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in shown if name in numbers})
+        self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in shown})
         if machine.rank() == 0:
             line = {"step": self.step, **numbers}
             with self.log_path.open("a") as file:
