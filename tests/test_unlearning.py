@@ -210,6 +210,13 @@ def test_batch_draws_each_part_from_its_set(draw_x, kept):
     assert batch.noise.std().item() == pytest.approx(1, abs=0.1)
 
 
+def test_a_batch_of_training_needs_nothing_to_forget():
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None]
+    generator = torch.Generator().manual_seed(0)
+    batch = unlearning.draw_batch(TrainingSet(images, 0), 4, SCHEDULE, generator, "all")
+    assert torch.equal(batch.a, batch.x)
+
+
 def test_timesteps_of_a_batch_are_spread():
     """One lies in each B-th part of 0 … T−1, in random order, and each alone is uniform."""
     size, generator = 8, torch.Generator().manual_seed(0)
