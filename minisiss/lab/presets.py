@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         # s < (n−k)/k = 100. s begins near it: then forgetting begins at large t, and turns the
         # T-shirt into digits. With s = 12 some seeds turn it into a white square.
         "unlearn": dict(steps=320, batch_size=64, lr=1e-4, ema=0.95, draws=16, superfactor=90.0,
-                        subtract_until=0.05, evaluate_every=40),
+                        subtract_until=0.0375, evaluate_every=40),
         # With x ~ X only c > 1 pushes away from A. At ρ = 1 c falls from some 40 to 2.
         "unlearn siss_by_norms": dict(steps=150, lr=5e-5, grad_ratio=1.0, draw_x="all"),
         "unlearn naive_deletion": dict(steps=150, lr=2e-3),
