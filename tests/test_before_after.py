@@ -37,7 +37,7 @@ def test_digits_have_figures_before_and_after(script, tiny_checkpoint, tmp_path)
     with Image.open(tmp_path / "run/before_after.png") as sheet:
         assert sheet.width > 6 * 84 and 6 * 84 < sheet.height < 9 * 84  # images of 84 pixels
     with Image.open(tmp_path / "run/forgetting.gif") as film:
-        assert film.n_frames == 2 and film.width >= 6 * 84 and film.height > 3 * 84
+        assert film.n_frames == 3 and film.width >= 6 * 84 and film.height > 3 * 84
 
 
 def test_a_folder_has_figures_of_forgotten_and_kept(script, tiny_checkpoint, tmp_path):

@@ -125,7 +125,7 @@ def test_an_unlearning_writes_pictures_and_results(unlearn, tmp_path):
     records = ["config.json", "forgetting.gif", "metrics.jsonl", "model.pt", "results.json"]
     assert sorted(os.listdir(run)) == ["before_after.png", *records]
     Image.open(run / "before_after.png").load()
-    assert Image.open(run / "forgetting.gif").n_frames == 3  # before, and the looks at steps 3 and 6
+    assert Image.open(run / "forgetting.gif").n_frames == 4  # before, at steps 3 and 6, after
     looks = [figures["step"] for figures in log_of(run) if "memory" in figures]
     steps = [figures["step"] for figures in log_of(run) if "loss_keep" in figures]
     assert (looks, steps) == ([3, 6], [6])

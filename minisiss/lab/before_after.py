@@ -76,14 +76,14 @@ class BeforeAfter:
     def after(self, run: Run, model: Model) -> None:
         """Measure again; print the table, and write results.json and the pictures."""
         before, after = self.figures_before, self.evaluation.figures(model, self.schedule)
-        last = self.page(model, f"after {run.step} steps")
+        self.film.append(self.page(model, f"after {run.step} steps"))
         if machine.rank() > 0:
             return
         rows = [[f"forgetting: {self.data.name}", "before", "after"]]
         for name in before | after:
             rows.append([name, cell(name, [before.get(name)]), cell(name, [after.get(name)])])
         write_json(run.out / "results.json", {"before": before, "after": after})
-        below([self.film[0], last]).save(run.out / "before_after.png")
+        below([self.film[0], self.film[-1]]).save(run.out / "before_after.png")
         save_gif(run.out / "forgetting.gif", self.film)
         print(f"\n{aligned(rows)}\n")
         print(f"Look at {run.out}/before_after.png and forgetting.gif.")
