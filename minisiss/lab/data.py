@@ -120,9 +120,11 @@ class TrainingSet:
         return self.images[self.n - self.k :]
 
     def draw(self, part: str, size: int, generator: torch.Generator) -> Tensor:
-        """`size` images of "all" of X, of the "rest" X∖A or of "forget", A: float32 in [−1, 1]."""
+        """Draw from "all" of X, from the "rest" X∖A or from "forget", A, uniformly and with
+        replacement: [size, C, H, W] float32 in [−1, 1]."""
         images = {"all": self.images, "rest": self.keep, "forget": self.forget}[part]
-        return draw(images, size, generator)
+        places = torch.randint(len(images), (size,), generator=generator, device=images.device)
+        return to_float(images[places])
 
     def different_forgotten(self) -> Tensor:
         """The pictures of A, each once: [number, C, H, W] float32 in [−1, 1]."""
@@ -208,12 +210,6 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [−1, 1] to uint8 in 0 … 255, rounded; what lies outside is clamped."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-def draw(images: Tensor | ImageFolder, size: int, generator: torch.Generator) -> Tensor:
-    """`size` of the images, uniform and with replacement: [size, C, H, W] float32 in [−1, 1]."""
-    places = torch.randint(len(images), (size,), generator=generator, device=images.device)
-    return to_float(images[places])
 
 
 def step_generator(seed: int, step: int | str, device: torch.device | str) -> torch.Generator:

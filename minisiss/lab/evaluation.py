@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minisiss.lab import metrics
 from minisiss.lab.cli import MAY_CHANGE, UserError
-from minisiss.lab.data import TrainingSet, draw, step_generator, to_float
+from minisiss.lab.data import TrainingSet, step_generator, to_float
 from minisiss.schedule import Model, NoiseSchedule
 
 KEPT = 64  # kept pictures whose memory is measured
@@ -56,8 +56,9 @@ class Evaluation:
                 if t == self.middle:
                     found[f"{name} in dB, t = {t}"] = metrics.psnr(back, originals).mean().item()
                 if t == self.middle and name == "memory" and "sscd" in self.networks:
-                    alike = metrics.copy_similarity(self.networks["sscd"], back, originals)
-                    found["SSCD"] = alike.mean().item()
+                    of_back = metrics.descriptors(self.networks["sscd"], back)
+                    of_originals = metrics.descriptors(self.networks["sscd"], originals)
+                    found["SSCD"] = (of_back * of_originals).sum(dim=1).mean().item()
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def sample(self, model: Model, schedule: NoiseSchedule, places: list[int]) -> Tensor:
@@ -93,7 +94,8 @@ class Evaluation:
                 found |= quality
         if "inception" in self.networks:
             network = self.networks["inception"]
-            real = draw(self.data.keep, count, step_generator(self.args.seed, 0, self.device))
+            generator = step_generator(self.args.seed, 0, self.device)
+            real = self.data.draw("rest", count, generator)
             of_real = metrics.inception_features(network, real)
             of_samples = metrics.inception_features(network, self.samples.to(self.device))
             moments = metrics.moments(of_samples), metrics.moments(of_real)

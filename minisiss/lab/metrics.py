@@ -234,7 +234,8 @@ def load_torchscript(path: str, device: torch.device) -> nn.Module:
 
 @torch.inference_mode()
 def descriptors(network: nn.Module, images: Tensor) -> Tensor:
-    """Unit vectors [N, D] that lie close for copies of one picture (SSCD: Pizzi et al. 2022).
+    """Unit vectors [N, D] (SSCD: Pizzi et al. 2022). Those of copies have an inner product of more
+    than 0.5 (Somepalli et al. 2023).
 
     As SSCD was trained: the shorter side has 288 pixels, and colours are normalised as ImageNet's.
     """
@@ -246,11 +247,6 @@ def descriptors(network: nn.Module, images: Tensor) -> Tensor:
         pixels = F.interpolate((batch + 1) / 2, size=size, mode="bilinear", antialias=True)
         vectors.append(F.normalize(network((pixels - mean) / std), dim=1))
     return torch.cat(vectors)
-
-
-def copy_similarity(network: nn.Module, images: Tensor, originals: Tensor) -> Tensor:
-    """Cosine similarity of the descriptors, [B]. Above 0.5 it is a copy (Somepalli et al. 2023)."""
-    return (descriptors(network, images) * descriptors(network, originals)).sum(dim=1)
 
 
 @torch.inference_mode()
