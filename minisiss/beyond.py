@@ -1,7 +1,5 @@
-"""Two losses that are not in the paper, in the same form as in `losses`.
-
-ReTrack is Shi et al. (AISTATS 2026). `old_targets` is this project's own.
-"""
+"""Two losses that are not in the paper, in the same form as in `losses`: ReTrack (Shi et al.,
+AISTATS 2026), and `old_targets`, which is this project's own."""
 
 from collections.abc import Callable
 

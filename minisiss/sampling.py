@@ -1,7 +1,5 @@
-"""From noise to images.
-
-DDPM (Ho et al. 2020), DDIM (Song et al. 2021a) and DPM-Solver++ (Lu et al. 2022) in one function.
-"""
+"""From noise to images: DDPM (Ho et al. 2020), DDIM (Song et al. 2021a) and DPM-Solver++ (Lu et al.
+2022) in one function."""
 
 import torch
 from torch import Tensor

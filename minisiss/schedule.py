@@ -39,7 +39,7 @@ class NoiseSchedule:
         betas = betas.float()
         # In float64, because 1 − ᾱ_t loses its digits at small t.
         alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0)
-        fits = betas.ndim == 1 and len(betas) and 0 < betas.min() and betas.max() < 1
+        fits = betas.ndim == 1 and len(betas) and betas.min() > 0 and betas.max() < 1
         if not fits or alphas_cumprod[-1].float() == 0:  # 0 would leave nothing of the image
             raise ValueError("the betas of a schedule lie between 0 and 1, and ᾱ is above 0")
         gamma, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()

@@ -132,9 +132,8 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """ε_θ: predicts the noise in a noisy image.
 
-    Called as `model(x, timesteps) -> noise` with x, noise: [B, C, H, W] and timesteps: [B] int.
-    With a vocabulary also as `model(x, timesteps, prompt)`, prompt: [B or 1, words] int; None is
-    the null prompt.
+    Called as `model(x, timesteps, prompt) -> noise` with x, noise: [B, C, H, W], timesteps: [B] int
+    and prompt: None, or, with a vocabulary, [B or 1, words] int.
     """
 
     def __init__(self, config: UNetConfig) -> None:

@@ -48,8 +48,7 @@ def spread(size: int, generator: torch.Generator, device: torch.device) -> Tenso
     """One number from each of `size` equal parts of [0, 1), in random order: [size] float64.
 
     Each number alone is uniform in [0, 1), so the expectation of a loss stays as it is. Together
-    they leave no gaps, so the mean over a batch varies less (Kingma et al. 2021, "Variational
-    Diffusion Models").
+    they leave no gaps, so a mean varies less (Kingma et al. 2021, "Variational Diffusion Models").
     """
     order = torch.randperm(size, generator=generator, device=device)
     inside = torch.rand(size, generator=generator, device=device, dtype=torch.float64)

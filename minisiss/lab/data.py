@@ -26,11 +26,9 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of pictures
 
 
 class ImageFolder:
-    """The pictures in a folder and its subfolders, indexed like a tensor [n, C, H, W] uint8.
-
-    folder[indices] reads these pictures; folder[a:b] is a folder of some of them, unread. Pictures
-    are never flipped: what is forgotten is a picture, not its mirror image.
-    """
+    """The pictures in a folder and its subfolders, indexed like a tensor [n, C, H, W] uint8:
+    folder[indices] reads them, folder[a:b] is a folder of some of them, unread. Pictures are never
+    flipped: what is forgotten is a picture, not its mirror image."""
 
     def __init__(self, root: str, image_shape: tuple[int, int, int], forget: list[str],
                  device: torch.device | str = "cpu") -> None:
@@ -153,8 +151,8 @@ class TrainingSet:
 
 def load_training_set(args: Namespace, image_shape: tuple[int, int, int],
                       device: torch.device) -> TrainingSet:
-    """The training set that the flags name, on a device. Raises UserError where it cannot be had,
-    or where its images are not [C, H, W] = `image_shape`."""
+    """The training set that the flags name. Raises UserError where it cannot be had, or where its
+    images are not [C, H, W] = `image_shape`."""
     if machine.rank() > 0:
         machine.gather(None)  # rank 0 may have to download first
     if args.data == "pictures":

@@ -1,8 +1,6 @@
 """The device, its precision, and one run on several: `torchrun --nproc-per-node N unlearn.py …`.
-
 Every process, or rank, makes the same random draws and computes its share of a batch;
-`unlearning.step` adds the gradients up. Rank 0 alone speaks and writes files.
-"""
+`unlearning.step` adds the gradients up. Rank 0 alone speaks and writes files."""
 
 import os
 from collections.abc import Callable

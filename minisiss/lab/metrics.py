@@ -53,10 +53,7 @@ def noise_and_denoise(model: Model, schedule: NoiseSchedule, originals: Tensor, 
 def draw_samples(model: Model, schedule: NoiseSchedule, places: list[int],
                  image_shape: tuple[int, int, int], seed: int, steps: int) -> Tensor:
     """Draw a sample per place by DPM-Solver++: [N, C, H, W] in [−1, 1], in grey levels, on the CPU.
-
-    The noise is a function of seed and place: the same for every model, and any sample can be drawn
-    again. Under torchrun the ranks take turns at the batches.
-    """
+    The noise is a function of seed and place. Under torchrun the ranks take turns at batches."""
     device = schedule.gamma.device
     samples = torch.zeros(len(places), *image_shape, dtype=torch.uint8, device=device)
     starts = range(0, len(places), BATCH)[machine.rank() :: machine.size()]
@@ -235,10 +232,7 @@ def load_torchscript(path: str, device: torch.device) -> nn.Module:
 @torch.inference_mode()
 def descriptors(network: nn.Module, images: Tensor) -> Tensor:
     """Unit vectors [N, D] (SSCD: Pizzi et al. 2022). Those of copies have an inner product of more
-    than 0.5 (Somepalli et al. 2023).
-
-    As SSCD was trained: the shorter side has 288 pixels, and colours are normalised as ImageNet's.
-    """
+    than 0.5 (Somepalli et al. 2023). SSCD has seen 288 pixels, and colours of ImageNet."""
     mean = images.new_tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
     std = images.new_tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
     size = [round(288 / min(images.shape[2:]) * side) for side in images.shape[2:]]

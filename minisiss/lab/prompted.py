@@ -84,8 +84,7 @@ class Prompted(Evaluation):
 
     def __init__(self, args: Namespace, base: Checkpoint, model: Model,
                  device: torch.device) -> None:
-        """base: the checkpoint that unlearning begins with; model: its network. Raises UserError
-        where there is nothing to forget, or no modified prompt has both kinds of samples."""
+        """model: of base. Raises UserError where there is nothing to forget."""
         if not base.memorised:
             raise UserError(f"--checkpoint {args.checkpoint}: has no prompts; try --preset prompts")
         if not args.samples:

@@ -32,8 +32,7 @@ class Run:
     """The steps from where a run is to its last: `for step in run`, within `with Run(…) as run`.
 
     It saves when that is due, and after the step in which Ctrl-C, SIGTERM or SIGHUP comes; there it
-    ends. A second Ctrl-C ends it at once. Raises UserError where a directory cannot be made, or a
-    run cannot be resumed.
+    ends. A second Ctrl-C ends it at once. Raises UserError where a run cannot begin or go on.
     """
 
     def __init__(self, args: Namespace, model: UNet, average: UNet,

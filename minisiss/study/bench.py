@@ -2,7 +2,7 @@
 
     python -m minisiss.study.bench [--preset mnist] [--batch-size 8] [--compile]
 
-The methods take turns. Each cell is the median of five rounds; a round before them warms up.
+Each cell is the median of five rounds, in which the methods take turns. One more round warms up.
 """
 
 import time

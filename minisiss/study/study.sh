@@ -1,12 +1,9 @@
 #!/usr/bin/env bash
-# The study behind the README's table: the retrained model, every method with three seeds, the comparison.
-#
+# The study behind the README's table:
 #     bash minisiss/study/study.sh                  the bundled model as the base: hours on two CPU cores
 #     bash minisiss/study/study.sh mnist            the paper's model, from the start: for a GPU
-#     bash minisiss/study/study.sh mnist ROOT       with MNIST in ROOT in place of data/
 #     bash minisiss/study/study.sh prompts [METHOD] what 45 prompts bring back
-#
-# Ctrl-C stops it. Started again, it passes over what is finished and resumes what was stopped.
+# Stopped and started again, it goes on where it was. A second argument for MNIST's folder, if not data/.
 set -euo pipefail
 export LC_ALL=C # the runs have the same order in every language
 cd "$(dirname "$0")/../.."

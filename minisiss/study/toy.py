@@ -1,8 +1,7 @@
 """The idea as a picture: one noisy image serves two losses, and a cluster of points leaves a ring.
+Here an image is one pixel: of one channel, a number, or of two, a point in the plane.
 
     python -m minisiss.study.toy          writes toy.png in 15 seconds; needs matplotlib
-
-An image is one pixel here: of one channel, a number, or of two, a point in the plane.
 """
 
 import copy
