@@ -1,5 +1,4 @@
-"""Checkpoints: one file with the network, its schedule, and what made it. It may come from a
-stranger: nothing in it is run, and whatever is wrong with it is one UserError."""
+"""Checkpoints. One may come from a stranger: it runs nothing, and what is wrong is one UserError."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -58,8 +57,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
 
 def load_any(name: str, device: torch.device | str = "cpu",
              timesteps: Sequence[int] = (0,)) -> Checkpoint:
-    """Read a model: 'bundled', a checkpoint, or the directory of a run or of a published model.
-    Raises UserError where its schedule ends before the timesteps that it is used at."""
+    """Read 'bundled', a checkpoint, or the directory of a run or of a published model. Raises
+    UserError where its schedule ends before the timesteps that it is used at."""
     path = BUNDLED.get(name, Path(name))
     if (path / "model.pt").is_file():
         path = path / "model.pt"

@@ -71,8 +71,7 @@ class Evaluation:
         return metrics.noise_and_denoise(model, schedule, originals, t, self.args.seed)
 
     def likelihood(self, network: Model, schedule: NoiseSchedule) -> Figures:
-        """How likely the picture to forget is: nothing where a wrecked network, in float32, gives
-        no number."""
+        """How likely the picture to forget is, unless a wrecked network gives no number."""
         original = self.different[:1]
         bits = metrics.bits_per_dimension(network, schedule, original, seed=self.args.seed)
         return {"NLL, bits/dim": bits} if math.isfinite(bits) else {}
@@ -107,8 +106,7 @@ PER_CENT = {"T-shirts", "at most (95%)"}
 
 
 def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
-    """Names of runs, by the labels of their rows: runs named NAME-SEED that differ in nothing else
-    share a row. made_by: what made each run, by its name."""
+    """Names of runs, by the labels of their rows: runs NAME-SEED of one experiment share a row."""
     together: dict[str, list[str]] = {}
     for name, made in made_by.items():
         settings = made.get("settings", {})
