@@ -13,17 +13,17 @@ from minisiss.schedule import Model, NoiseSchedule
 
 def retrack(model: Model, batch: Batch, schedule: NoiseSchedule,
             nearest: Callable[[Tensor], Tensor],
-            retrack_weight: float = 0.005) -> tuple[Tensor, Tensor]:
+            weight: float = 0.005) -> tuple[Tensor, Tensor]:
     """ReTrack: (1−λ) L_{X∖A}, and λ times a pull of A's noisy images towards kept images near a.
 
-    λ is `retrack_weight`. nearest: a [B, C, H, W] -> its K nearest kept images [B, K, C, H, W].
+    λ is `weight`. nearest: a [B, C, H, W] -> its K nearest kept images [B, K, C, H, W].
     Both terms go down, at c = −1. Needs x ~ X∖A.
     """
     keep = epsilon_matching(model, batch.x, batch.timesteps, batch.noise, schedule)
     a_t = schedule.add_noise(batch.a, batch.noise, batch.timesteps)
     target = ideal_noise(a_t, nearest(batch.a), batch.timesteps, schedule)
     forget = squared_error(target, model(a_t, batch.timesteps))
-    return (1 - retrack_weight) * keep, retrack_weight * forget
+    return (1 - weight) * keep, weight * forget
 
 
 def ideal_noise(m: Tensor, points: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -48,11 +48,11 @@ def ideal_noise(m: Tensor, points: Tensor, timesteps: Tensor, schedule: NoiseSch
 
 
 def old_targets(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float, old: Model,
-                old_targets_weight: float = 3.0) -> tuple[Tensor, Tensor]:
+                weight: float = 3.0) -> tuple[Tensor, Tensor]:
     """SISS's noisy images and weights; the targets come from `old`, the model before unlearning.
 
         keep:    w_x ‖ε_old(m_t) − ε_θ(m_t)‖²
-        forget:  s · k/(n−k) · w_a ‖ε_old(m_tᵀ)ᵀ − ε_θ(m_t)‖²,   s is `old_targets_weight`
+        forget:  s · k/(n−k) · w_a ‖ε_old(m_tᵀ)ᵀ − ε_θ(m_t)‖²,   s is `weight`
 
     The old model knows A. So it is asked about mᵀ, where rows and columns are exchanged: that
     shows a picture like a that it never saw. For every λ and every network
@@ -73,4 +73,4 @@ def old_targets(model: Model, batch: Batch, schedule: NoiseSchedule, lam: float,
     prediction = model(m, t)
     keep = w_x * squared_error(target_of_x, prediction)
     forget = batch.forget_prefactor * w_a * squared_error(target_of_a, prediction)
-    return keep, old_targets_weight * forget
+    return keep, weight * forget

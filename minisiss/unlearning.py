@@ -111,10 +111,10 @@ def ratio_of_norms(g_keep: Gradient, g_forget: Gradient, grad_ratio: float) -> T
     return grad_ratio * norm(g_keep) / norm(g_forget).clamp(min=1e-30)
 
 
-def erasediff_rule(g_keep: Gradient, g_forget: Gradient, erasediff_eta: float = 0.1) -> Tensor:
+def erasediff_rule(g_keep: Gradient, g_forget: Gradient, eta: float = 0.1) -> Tensor:
     """c = −max(η − ⟨g_keep, g_forget⟩ / ‖g_forget‖², 0) (Wu et al. 2024): both terms go down."""
     agreement = dot(g_keep, g_forget) / norm(g_forget).square().clamp(min=1e-30)
-    return -(erasediff_eta - agreement).clamp(min=0)
+    return -(eta - agreement).clamp(min=0)
 
 
 def c_of_superfactor(progress: float, superfactor: float, subtract_until: float,

@@ -59,7 +59,7 @@ def test_retrack_has_the_gradient_of_its_paper():
     x_t = SCHEDULE.add_noise(batch.x, batch.noise, TIMESTEPS)
     a_t = SCHEDULE.add_noise(batch.a, batch.noise, TIMESTEPS)
     # It asks for what is near a, not near its noisy image.
-    options = {"retrack_weight": 0.2, "nearest": lambda a: points + (a - batch.a)[:, None]}
+    options = {"weight": 0.2, "nearest": lambda a: points + (a - batch.a)[:, None]}
     keep, forget = beyond.retrack(lambda m, t: theta * m, batch, SCHEDULE, **options)
     torch.testing.assert_close(keep, 0.8 * squared_error(batch.noise, theta * x_t))
     target = literal_ideal_noise(a_t, points)

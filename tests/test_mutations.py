@@ -50,7 +50,7 @@ ROWS = {
         ("EraseDiff's target is the noise", "erasediff", "batch.uniform", "batch.noise"),
     ],
     beyond: [
-        ("λ for 1−λ", "retrack", "1 - retrack_weight", "retrack_weight"),
+        ("λ for 1−λ", "retrack", "1 - weight", "weight"),
         ("near the noisy image", "retrack", "nearest(batch.a)", "nearest(a_t)"),
         ("farthest images", "ideal_noise", "x - first", "first - x"),
         ("σ for σ²", "ideal_noise", "gamma / sigma**2", "gamma / sigma"),
@@ -59,7 +59,7 @@ ROWS = {
         ("does not exchange back", "old_targets", "old(m.mT, t).mT", "old(m.mT, t)"),
         ("turned, not exchanged", "old_targets", "old(m.mT, t).mT", "old(m.rot90(1, (2, 3)), t).rot90(-1, (2, 3))"),
         ("keeps by the noise", "old_targets", "squared_error(target_of_x, prediction)", "squared_error(batch.noise, prediction)"),
-        ("no weight s", "old_targets", "old_targets_weight * forget", "forget"),
+        ("no weight s", "old_targets", "weight * forget", "forget"),
         ("a gradient of the old model", "old_targets", "torch.no_grad()", "torch.enable_grad()"),
     ],
     unlearning: [
@@ -72,8 +72,8 @@ ROWS = {
         ("losses exchanged", "step", "[keep.detach(), forget.detach()]", "[forget.detach(), keep.detach()]"),
         ("parts without their last image", "parts_of", "places[-1] + 1", "places[-1]"),
         ("ρ inverted", "ratio_of_norms", "grad_ratio * norm(g_keep)", "norm(g_keep) / grad_ratio"),
-        ("EraseDiff without its switch", "erasediff_rule", "(erasediff_eta - agreement).clamp(min=0)", "(erasediff_eta - agreement)"),
-        ("EraseDiff ascends", "erasediff_rule", "-(erasediff_eta - agreement).clamp(min=0)", "(erasediff_eta - agreement).clamp(min=0)"),
+        ("EraseDiff without its switch", "erasediff_rule", "(eta - agreement).clamp(min=0)", "(eta - agreement)"),
+        ("EraseDiff ascends", "erasediff_rule", "-(eta - agreement).clamp(min=0)", "(eta - agreement).clamp(min=0)"),
         ("s for 1+s", "c_of_superfactor", '1 + s if draw_x == "all" else s', "s"),
         ("1+s for s", "c_of_superfactor", '1 + s if draw_x == "all" else s', "1 + s"),
         ("s rises", "c_of_superfactor", "1 - progress / subtract_until", "progress / subtract_until"),

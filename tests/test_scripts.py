@@ -47,12 +47,12 @@ def siss_with_s(model, old, digits):
 
 
 def retrack(model, old, digits):
-    options = {"schedule": SCHEDULE, "retrack_weight": 0.005, "nearest": digits.nearest}
+    options = {"schedule": SCHEDULE, "weight": 0.005, "nearest": digits.nearest}
     return partial(beyond.retrack, model, **options), [-1.0, -1.0]
 
 
 def old_targets(model, old, digits):
-    options = {"schedule": SCHEDULE, "lam": 0.3, "old_targets_weight": 3.0, "old": old}
+    options = {"schedule": SCHEDULE, "lam": 0.3, "weight": 3.0, "old": old}
     return partial(beyond.old_targets, model, **options), [-1.0, -1.0]
 
 

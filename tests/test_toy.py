@@ -36,7 +36,7 @@ def ideal(points, m, timesteps):
 
 def test_retrack_of_all_points_aims_at_the_ideal():
     batch = draw("rest", 200, torch.Generator().manual_seed(0))
-    options = {"retrack_weight": 1.0, "nearest": lambda a: KEEP.expand(200, -1, -1)}
+    options = {"weight": 1.0, "nearest": lambda a: KEEP.expand(200, -1, -1)}
     _, error = beyond.retrack(partial(ideal, KEEP), batch, SCHEDULE, **options)
     assert error.max() < 1e-8
     _, error = beyond.retrack(partial(ideal, POINTS["all"]), batch, SCHEDULE, **options)

@@ -71,7 +71,7 @@ def test_norm_rule_subtracts_a_share_of_kept_norm(rho, c, moved):
 # ⟨g_keep, g_forget⟩/‖g_forget‖² is 2 where g_forget is 0.2, and −2 where it is −0.2.
 @pytest.mark.parametrize("eta, g_forget, moved", [(0.1, 0.2, (0.3, 0.4)), (0.1, 0.0, (0.3, 0.4)), (2.0, 0.2, (0.3, 0.4)), (3.0, 0.2, (0.3, 0.6)), (0.1, -0.2, (0.3, -0.02))])
 def test_erasediff_rule_on_both_sides_of_its_switch(eta, g_forget, moved):
-    rule = partial(unlearning.erasediff_rule, erasediff_eta=eta)
+    rule = partial(unlearning.erasediff_rule, eta=eta)
     along, _ = step_along((0.3, 0.4), (0.0, g_forget), rule)
     assert along == pytest.approx(moved, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""Checkpoints. One may come from a stranger: it runs nothing, and what is wrong is one UserError."""
+"""Checkpoints. One may come from a stranger: it runs nothing, and errors are one UserError."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
