@@ -43,8 +43,9 @@ def main() -> int:
         write_json(out / "results.json", {"made_by": made_by, "figures": figures})
         Path(out, "results.md").write_text(f"{table}\n", encoding="utf-8")
         print(f"\n{table}\n")
-        timestep = args.memory_timesteps[0]
-        evaluation.save_tradeoff(out / "tradeoff.png", made_by, figures, timestep)
+        if features:  # of digits
+            path, timestep = out / "tradeoff.png", args.memory_timesteps[0]
+            evaluation.save_tradeoff(path, made_by, figures, timestep)
         print(f"Written to {out}.")
     machine.leave()
     return 2 if errors else 0
@@ -75,8 +76,8 @@ def parse_arguments() -> Namespace:
     parser.add_sampling()
     parser.add_machine()
     words = "a TorchScript file is code: take it from whom you trust"
-    add("--sscd", metavar="FILE", help=f"for copies; {words}")
-    add("--inception", metavar="FILE", help=f"for the FID; {words}")
+    add("--sscd", metavar="FILE", help=f"network for copy similarity; {words}")
+    add("--inception", metavar="FILE", help=f"network for the FID; {words}")
     add("--out", help="directory of this evaluation (default: runs/eval-N)")
     return parser.parse()
 

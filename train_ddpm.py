@@ -1,4 +1,4 @@
-"""Train the noise predictor ε_θ: on digits and 1% of one T-shirt, or on a folder of pictures.
+"""Train the noise predictor ε_θ: on digits and copies of a T-shirt, or on a folder of pictures.
 
     python train_ddpm.py --preset mnist-small --data-root data
     python train_ddpm.py --preset faces-64 --data-root faces
@@ -28,7 +28,7 @@ def main() -> int:
     schedule = NoiseSchedule.linear().to(device)
     torch.manual_seed(args.seed)
     model = UNet(UNetConfig(**PRESETS[args.preset]["unet"])).to(device)  # takes the steps
-    average = copy.deepcopy(model).requires_grad_(False)  # of its weights: what is kept
+    average = copy.deepcopy(model).requires_grad_(False)  # of the weights
     at = machine.at_precision(device, args.precision, args.compile)
     network, shape = at(model), model.config.image_shape
     training_set = data.load_training_set(args, shape, device)

@@ -41,7 +41,7 @@ def main() -> int:
             batch = draw_batch(report.data, args.batch_size, base.schedule, generator, args.draw_x)
             optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr)
             c = method.c_of(settings, progress=taken / args.steps)
-            settings["lam"] = args.lam if c else 0.0  # subtract nothing: make none of a
+            settings["lam"] = args.lam if c else 0.0  # else half of the noisy images
             loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
             figures = step(loss, batch, c, optimizer, args.accumulate)
             update_average(average, model, args.ema, taken)
@@ -56,12 +56,11 @@ def main() -> int:
 
 def chosen_method(args: Namespace) -> Any:
     """The row of --method. Raises UserError if there is none, or if x ~ X is not for its loss."""
-    from minisiss.losses import siss, siss_no_is
-    from minisiss.unlearning import METHODS
+    from minisiss.unlearning import METHODS, c_of_superfactor, ratio_of_norms
 
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: there are {', '.join(METHODS)}")
-    if args.draw_x == "all" and METHODS[args.method].loss not in (siss, siss_no_is):
+    if args.draw_x == "all" and METHODS[args.method].c not in (c_of_superfactor, ratio_of_norms):
         raise UserError(f"--draw-x all: is a form of SISS; {args.method} needs x ~ X∖A")
     return METHODS[args.method]
 
@@ -70,11 +69,12 @@ def parse_arguments() -> Namespace:
     parser = Parser(__doc__, "all", "unlearn")
     parser.add_data("bundled")
     add = parser.add_argument
-    add("--method", default="siss", help="siss, naive_deletion, …")
-    add("--checkpoint", default="bundled", help="a model.pt or a published DDPM")
-    add("--draw-x", choices=["all", "rest"], default="rest", help="x ~ X or x ~ X∖A")
+    add("--method", default="siss", help="siss, siss_by_norms, siss_no_is, naive_deletion, "
+        "neggrad, erasediff, retrack, old_targets, or your own")
+    add("--checkpoint", default="bundled", help="a run, a model.pt, a published DDPM or bundled")
+    add("--draw-x", choices=["all", "rest"], default="rest", help="draw x from X, or from X∖A")
     add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture of SISS")
-    add("--superfactor", type=number(float, 0), default=90.0, help="s at first")
+    add("--superfactor", type=number(float, 0), default=90.0, help="s at first (not by norms)")
     add("--subtract-until", type=positive, default=0.05, help="share of the steps until s is 0")
     add("--grad-ratio", type=number(float, 0), default=0.1, help="ρ of siss_by_norms")
     add("--steps", type=positive_int, default=60, help="optimizer steps")
@@ -82,7 +82,7 @@ def parse_arguments() -> Namespace:
     add("--accumulate", type=positive_int, default=1, help="parts of a batch: less memory")
     add("--lr", type=positive, default=5e-6, help="learning rate, which falls to 0")
     add("--ema", type=decay, default=0.0, help="decay of the averaged weights")
-    add("--evaluate-every", type=positive_int, default=25, help="steps between looks")
+    add("--evaluate-every", type=positive_int, default=25, help="steps between pages of the film")
     add("--prompt", metavar="WORDS", help="with --preset prompts: the one to forget")
     parser.add_sampling()
     parser.add_machine()

@@ -98,7 +98,7 @@ class Batch:
     uniform: Tensor  # from U(0, 1): the target of EraseDiff
     n: int  # |X|
     k: int  # |A|
-    x_from: str = "all"  # "all": x ~ X; "rest": x ~ X∖A
+    x_from: str  # "all": x ~ X; "rest": x ~ X∖A
 
     @property
     def keep_prefactor(self) -> float:

@@ -223,7 +223,7 @@ class UNet(nn.Module):
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Start a residual branch at zero: then an untrained network is near the identity."""
+    """Start a layer at zero: then residual branches begin as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

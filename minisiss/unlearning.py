@@ -59,7 +59,7 @@ def step(loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, c: float | Ru
          optimizer: torch.optim.Optimizer, parts: int = 1) -> dict[str, Tensor]:
     """One optimizer step along g = g_keep − c · g_forget, clipped to `MAX_NORM`.
 
-    loss: batch -> keep, forget, [B] each. batch: a `Batch`, or another record of tensors [B, …].
+    loss: batch -> keep, forget, [B] each. batch: a `Batch`, or tensors [B, …] with timesteps.
     c: a number needs one backward pass. A rule needs both gradients, so two backward passes; those
     of SISS go through the same graph. parts: the batch is cut into this many parts, which go
     through the network one after the other: less memory, the same step. Under torchrun each

@@ -1,4 +1,4 @@
-"""Checkpoints. One may come from a stranger: it runs nothing, and errors are one UserError."""
+"""Checkpoints. A file from a stranger runs no code; whatever is wrong with it is one UserError."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ class Checkpoint:
 
     model: UNet  # with the averaged weights
     schedule: NoiseSchedule
-    made_by: dict[str, Any]  # script, settings, steps
+    made_by: dict[str, Any]  # settings, steps
     memorised: dict[str, Tensor] = field(default_factory=dict)  # by prompt, [C, H, W] uint8
     forgotten: list[str] = field(default_factory=list)  # names of pictures
     training: dict[str, Any] = field(default_factory=dict)  # what a resumed run needs
@@ -81,4 +81,5 @@ def load_finished(name: str, device: torch.device, timesteps: list[int]) -> Chec
         raise UserError(f"{name}: a run on prompts; unlearn.py has shown what it gives")
     if steps < settings.get("steps", 0):
         raise UserError(f"{name}: was stopped at step {steps}; --resume it first")
+    found.training = {}  # takes three times the memory of the weights
     return found

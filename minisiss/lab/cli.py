@@ -80,9 +80,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter,
                          allow_abbrev=False)
         self.parts = parts
-        if parts:
-            self.add_argument("--preset", choices=PRESETS, default="mnist-small",
-                              help="an experiment: defaults of the other flags")
+        self.add_argument("--preset", choices=PRESETS, default="mnist-small",
+                          help="an experiment: defaults of the other flags")
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see --help)")
@@ -119,15 +118,15 @@ class Parser(argparse.ArgumentParser):
     def add_data(self, root: str) -> None:
         add = self.add_argument
         add("--data", choices=["mnist", "prompts", "pictures"], default="mnist",
-            help="digits and a T-shirt, digits with captions, or a folder")
+            help="digits and a T-shirt, digits with captions (unlearn.py), or a folder")
         add("--data-root", default=root,
-            help="of pictures, or of MNIST, which is downloaded; 'bundled': 10,000 digits")
+            help="folder of pictures, or of MNIST (or download it); 'bundled': 10,000 digits")
         add("--forget", nargs="+", default=[], metavar="NAME",
             help="pictures to forget, in the folder")
 
     def add_machine(self) -> None:
         add = self.add_argument
-        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
+        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of everything random")
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …; mps is untested")
         add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
             help="auto: bf16 where the processor has it")

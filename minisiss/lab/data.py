@@ -63,12 +63,12 @@ class ImageFolder:
 
 def find_pictures(root: Path) -> list[str]:
     """The sorted names of the pictures that are not hidden. Raises UserError without any."""
-    try:
-        found = make_dataset(root, {"": 0}, extensions=ENDINGS)  # follows links to folders
-    except OSError as error:
-        raise UserError(f"--data-root {root}: no pictures there ({error})") from error
+    found = make_dataset(root, {"": 0}, extensions=ENDINGS, allow_empty=True)  # follows links
     names = [Path(path).relative_to(root).as_posix() for path, _ in found]
-    return sorted(name for name in names if "/." not in f"/{name}")
+    names = sorted(name for name in names if "/." not in f"/{name}")
+    if not names:
+        raise UserError(f"--data-root {root}: no pictures there ({', '.join(ENDINGS)})")
+    return names
 
 
 def refuse_copies(root: Path, kept: list[str], forget: list[str]) -> None:
@@ -144,7 +144,7 @@ class TrainingSet:
         return points[torch.cdist(a.flatten(1), forgotten.flatten(1)).argmin(dim=1)]
 
     def fingerprint(self) -> int:
-        """A number that a resumed run knows its pictures by: of how many there are, and names."""
+        """A checksum of the number of pictures and of their names: a resumed run compares it."""
         words = f"{self.n} {getattr(self.images, 'names', [])}"
         return zlib.crc32(words.encode(errors="surrogateescape"))
 
@@ -181,8 +181,8 @@ def note_forgotten_before(data: TrainingSet, names: set[str]) -> None:
 
 
 def mnist_with_tshirt(root: str, device: torch.device) -> TrainingSet:
-    """MNIST's training digits, and 1% of one T-shirt (the paper, section 5): the first image of
-    class 0 in Fashion-MNIST's training set."""
+    """MNIST's training digits, and 1% as many copies of one T-shirt (the paper, section 5), the
+    first image of class 0 in Fashion-MNIST's training set."""
     digits, tshirt = read_sheet("digits.png"), read_sheet("tshirt.png")
     if root != BUNDLED:
         try:

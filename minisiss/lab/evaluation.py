@@ -111,7 +111,8 @@ def rows_of(made_by: dict[str, dict]) -> dict[str, list[str]]:
     for name, made in made_by.items():
         settings = made.get("settings", {})
         label = name.removesuffix(f"-{settings.get('seed')}")
-        same = [f"{key} {settings[key]}" for key in sorted(settings.keys() - MAY_CHANGE - {"seed"})]
+        keys = settings.keys() - MAY_CHANGE - {"seed"} | {"data_root"}
+        same = [f"{key} {settings.get(key)}" for key in sorted(keys)]
         together.setdefault(" ".join([label, *same]), []).append(name)
     return {f"{names[0]}, …" if len(names) > 1 else names[0]: names for names in together.values()}
 

@@ -17,7 +17,7 @@ from minisiss.lab.cli import UserError
 def reading(path: Path | str) -> Iterator[None]:
     """Whatever goes wrong in here becomes a UserError: one line that names the file."""
     try:
-        Path(path).stat()  # a missing file is said before a missing package
+        Path(path).stat()  # a missing file comes before a missing package
         yield
     except Exception as error:  # a damaged file can fail anywhere
         words = " ".join(str(error).split())[:200]

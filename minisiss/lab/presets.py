@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "train": dict(steps=14_000, batch_size=64, lr=1e-3, warmup=500, ema=0.999),
         # At large t all noisy images are alike, and the loss has a least value only if
         # s < (n−k)/k = 100. s begins near it: then forgetting begins at large t, and turns the
-        # T-shirt into digits. With s = 12 some seeds turn it into a white square.
+        # T-shirt into digits. With s = 12 more seeds turn it into a white square.
         "unlearn": dict(steps=320, batch_size=64, lr=1e-4, ema=0.95, draws=16, superfactor=90.0,
                         subtract_until=0.0375, evaluate_every=40),
         # With x ~ X only c > 1 pushes away from A. At ρ = 1 c falls from some 40 to 2.

@@ -74,8 +74,7 @@ class Run:
         if machine.rank() > 0:
             return
         self.log_path.touch()
-        script = Path(sys.argv[0]).name
-        made_by = {"script": script, "settings": self.settings, "steps": self.step}
+        made_by = {"settings": self.settings, "steps": self.step}
         training = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                     "fingerprint": self.fingerprint, "log_bytes": self.log_path.stat().st_size}
         state = Checkpoint(self.average, made_by=made_by, training=training, **self.kept)

@@ -21,9 +21,9 @@ from minisiss.unlearning import METHODS, draw_batch, step
 
 
 def main() -> int:
-    parser = Parser(__doc__, "bench")
+    parser = Parser(__doc__)
     parser.add_machine()
-    parser.add_argument("--batch-size", type=positive_int, default=64)
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="images per step")
     args = parser.parse()
     device = machine.start(args.device)
     schedule = NoiseSchedule.linear().to(device)
