@@ -39,7 +39,8 @@ def main() -> int:
         for taken in this_run:  # steps taken so far
             generator = data.step_generator(args.seed, taken, device)
             batch = draw_batch(report.data, args.batch_size, base.schedule, generator, args.draw_x)
-            optimizer.param_groups[0]["lr"] = learning_rate(taken, args.steps, args.lr)
+            rate = learning_rate(taken, args.steps, args.lr, end=args.lr_end)
+            optimizer.param_groups[0]["lr"] = rate
             c = method.c_of(settings, progress=taken / args.steps)
             settings["lam"] = args.lam if c else 0.0  # else half of the noisy images
             loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
@@ -74,13 +75,15 @@ def parse_arguments() -> Namespace:
     add("--checkpoint", default="bundled", help="a run, a model.pt, a published DDPM or bundled")
     add("--draw-x", choices=["all", "rest"], default="rest", help="draw x from X, or from X∖A")
     add("--lam", type=number(float, 0, 1), default=0.5, help="λ of the mixture of SISS")
-    add("--superfactor", type=number(float, 0), default=90.0, help="s at first (not by norms)")
-    add("--subtract-until", type=positive, default=0.05, help="share of the steps until s is 0")
+    add("--superfactor", type=number(float, 0), default=45.0, help="s at first (not by norms)")
+    add("--superfactor-end", type=number(float, 0), default=3.0, help="s after it has fallen")
+    add("--fall-until", type=positive, default=0.25, help="share of the steps in which s falls")
     add("--grad-ratio", type=number(float, 0), default=0.1, help="ρ of siss_by_norms")
     add("--steps", type=positive_int, default=60, help="optimizer steps")
     add("--batch-size", type=positive_int, default=64, help="images per step")
     add("--accumulate", type=positive_int, default=1, help="parts of a batch: less memory")
-    add("--lr", type=positive, default=5e-6, help="learning rate, which falls to 0")
+    add("--lr", type=positive, default=5e-6, help="learning rate at first")
+    add("--lr-end", type=number(float, 0, 1), default=0.0, help="share of it that is left at last")
     add("--ema", type=decay, default=0.0, help="decay of the averaged weights")
     add("--evaluate-every", type=positive_int, default=25, help="steps between pages of the film")
     add("--prompt", metavar="WORDS", help="with --preset prompts: the one to forget")

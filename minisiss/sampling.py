@@ -58,8 +58,7 @@ def denoise_from(model: Model, schedule: NoiseSchedule, noisy: Tensor, timestep:
 
 
 def sample(model: Model, schedule: NoiseSchedule, shape: tuple[int, int, int, int], *,
-           steps: int = 50, eta: float = 1.0,
-           generator: torch.Generator | None = None) -> Tensor:
+           steps: int = 50, eta: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """Draw images of shape [B, C, H, W]: noise from N(0, I), denoised from t = T−1."""
     noise = torch.randn(shape, generator=generator, device=schedule.gamma.device)
     return denoise_from(model, schedule, noise, len(schedule) - 1, steps=steps, eta=eta,

@@ -117,14 +117,15 @@ def erasediff_rule(g_keep: Gradient, g_forget: Gradient, eta: float = 0.1) -> Te
     return -(eta - agreement).clamp(min=0)
 
 
-def c_of_superfactor(progress: float, superfactor: float, subtract_until: float,
-                     draw_x: str) -> float:
+def c_of_superfactor(progress: float, superfactor: float, superfactor_end: float,
+                     fall_until: float, draw_x: str) -> float:
     """c for a given s: c = 1 + s with x ~ X, and c = s with x ~ X∖A (see `losses.siss`).
 
-    s falls linearly to 0 and stays there: subtract first, repair after. progress: the share of the
-    steps that is done. subtract_until: the progress at which s is 0.
+    s falls linearly from `superfactor` to `superfactor_end`, until the `progress`, the share of the
+    steps that is done, is `fall_until`. The first steps forget, the others repair.
     """
-    s = superfactor * max(0.0, 1 - progress / subtract_until)
+    left = max(0.0, 1 - progress / fall_until)
+    s = superfactor_end + (superfactor - superfactor_end) * left
     return 1 + s if draw_x == "all" else s
 
 
@@ -154,7 +155,7 @@ class Method:
         return partial(self.c, **further)
 
 
-S = ("progress", "superfactor", "subtract_until", "draw_x")
+S = ("progress", "superfactor", "superfactor_end", "fall_until", "draw_x")
 # A loss of your own is one function in the form of those in losses.py, and one row here.
 METHODS = {
     "siss": Method(losses.siss, c_of_superfactor, ("lam",), S),
@@ -176,10 +177,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 0) -> float:
-    """A cosine from the peak at step 0 to 0 at step `steps`, times a linear warm-up."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, end: float = 0.0) -> float:
+    """A linear warm-up, and a cosine from the peak at step 0 to `end` times the peak at `steps`."""
     rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return peak * rising * 0.5 * (1 + math.cos(math.pi * step / steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * rising * (end + (1 - end) * cosine)
 
 
 def parts_of(batch: Any, count: int) -> list[Any]:

@@ -99,8 +99,8 @@ def test_defaults_are_the_declared_ones_or_the_presets(preset, parse):
 
 
 def test_the_declared_defaults_are_those_of_the_papers(parse):
-    expected = dict(method="siss", draw_x="rest", lam=0.5, grad_ratio=0.1, superfactor=90.0,
-                    subtract_until=0.05, ema=0.0, steps=60)
+    expected = dict(method="siss", draw_x="rest", lam=0.5, grad_ratio=0.1, superfactor=45.0,
+                    superfactor_end=3.0, fall_until=0.25, ema=0.0, steps=60)
     assert parse("unlearn", "--preset", "nothing").items() >= expected.items()
 
 
@@ -109,7 +109,7 @@ def test_help_shows_the_values_of_preset_and_method(script, monkeypatch):
     status, said, error = script("unlearn", "--preset", "mnist-tiny", "--help")
     assert (status, error) == (0, "") and "optimizer steps (default: 6)" in said
     _, said, _ = script("unlearn", "--method", "naive_deletion", "--help")
-    assert "falls to 0 (default: 0.002)" in said and "(default: None)" not in said
+    assert "learning rate at first (default: 0.002)" in said and "(default: None)" not in said
 
 
 def test_a_preset_can_choose_the_method(parse, monkeypatch):

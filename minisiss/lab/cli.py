@@ -18,9 +18,7 @@ class UserError(Exception):
 
 def rank() -> int:
     """Which of torchrun's processes this is; 0 without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0
-    return int(os.environ["RANK"])
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def run(main: Callable[[], int]) -> None:
@@ -35,8 +33,7 @@ def run(main: Callable[[], int]) -> None:
         sys.exit(main())
     except (FloatingPointError, UserError, OSError, KeyboardInterrupt) as error:
         complain(str(error) or "interrupted")
-        statuses = {FloatingPointError: 1, KeyboardInterrupt: 130}
-        sys.exit(statuses.get(type(error), 2))
+        sys.exit({FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2))
 
 
 def complain(error: object) -> None:

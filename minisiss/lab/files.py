@@ -33,8 +33,7 @@ def read_tensors(path: Path | str) -> Any:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give a network on "meta" its weights, in float32. Raises an exception for other names or
-    shapes than the network has, and for numbers that are not finite."""
+    """Give a network on "meta" its weights. Raises for other names or shapes, and for NaN."""
     weights = {name: tensor.float().clone() for name, tensor in weights.items()}
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         consume_prefix_in_state_dict_if_present(weights, prefix)

@@ -65,8 +65,7 @@ def has_bf16(device: torch.device) -> bool:
 
 def at_precision(device: torch.device, precision: str,
                  compiled: bool = False) -> Callable[[nn.Module], Model]:
-    """A function that makes networks compute in bfloat16 or float32: called as `predict(x,
-    timesteps, prompt=None)`, they give float32. Their weights stay float32."""
+    """A function that makes networks compute in bfloat16 or float32; what they give is float32."""
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
 
     def at(model: nn.Module) -> Model:

@@ -50,9 +50,8 @@ RENAMES = {
 
 
 def load(directory: Path) -> tuple[UNet, NoiseSchedule]:
-    """Read a published DDPM, such as google/ddpm-celebahq-256, in float32 on the CPU: the network
-    in `directory`, in its unet_ema/ (averaged weights), or in its unet/, and the nearest
-    scheduler_config.json. Raises UserError for a model that our network cannot reproduce."""
+    """Read a published DDPM in float32 on the CPU: the network in `directory`, its unet_ema/
+    (averaged weights) or its unet/, and the nearest scheduler_config.json. Raises UserError."""
     config = first_file("config.json", directory, directory / "unet_ema", directory / "unet")
     if config is None:
         raise UserError(f"{directory}: holds no model: no model.pt, no config.json of diffusers")

@@ -32,8 +32,8 @@ def main() -> int:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
     images = torch.randint(256, (1000, *model.config.image_shape), dtype=torch.uint8)
     data = TrainingSet(images.to(device), k=10)
-    settings = dict(lam=0.5, superfactor=9.0, subtract_until=1.0, draw_x="rest", grad_ratio=1.0,
-                    nearest=data.nearest, old=network)
+    settings = dict(lam=0.5, superfactor=9.0, superfactor_end=1.0, fall_until=1.0, draw_x="rest",
+                    grad_ratio=1.0, nearest=data.nearest, old=network)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     seconds = {name: [] for name in METHODS}
@@ -46,8 +46,7 @@ def main() -> int:
             figures["norm"].item()  # a GPU has finished when the number is there
             seconds[name].append(time.perf_counter() - start)
     naive = median(seconds["naive_deletion"][1:])
-    title = f"{args.preset}, batches of {args.batch_size}"
-    rows = [[title, "seconds", "× naive deletion"]]
+    rows = [[f"{args.preset}, batches of {args.batch_size}", "seconds", "× naive deletion"]]
     for name, times in seconds.items():
         typical = median(times[1:])
         rows.append([name, f"{typical:.3f}", f"{typical / naive:.2f}"])
