@@ -117,15 +117,14 @@ def erasediff_rule(g_keep: Gradient, g_forget: Gradient, eta: float = 0.1) -> Te
     return -(eta - agreement).clamp(min=0)
 
 
-def c_of_superfactor(progress: float, superfactor: float, superfactor_end: float,
-                     fall_until: float, draw_x: str) -> float:
+def c_of_superfactor(progress: float, superfactor: float, subtract_until: float,
+                     draw_x: str) -> float:
     """c for a given s: c = 1 + s with x ~ X, and c = s with x ~ X∖A (see `losses.siss`).
 
-    s falls linearly from `superfactor` to `superfactor_end`, until the `progress`, the share of the
-    steps that is done, is `fall_until`. The first steps forget, the others repair.
+    s falls linearly to 0, until the `progress`, the share of the steps that is done, is
+    `subtract_until`, and stays there: subtract first, repair after.
     """
-    left = max(0.0, 1 - progress / fall_until)
-    s = superfactor_end + (superfactor - superfactor_end) * left
+    s = superfactor * max(0.0, 1 - progress / subtract_until)
     return 1 + s if draw_x == "all" else s
 
 
@@ -155,7 +154,7 @@ class Method:
         return partial(self.c, **further)
 
 
-S = ("progress", "superfactor", "superfactor_end", "fall_until", "draw_x")
+S = ("progress", "superfactor", "subtract_until", "draw_x")
 # A loss of your own is one function in the form of those in losses.py, and one row here.
 METHODS = {
     "siss": Method(losses.siss, c_of_superfactor, ("lam",), S),

@@ -99,8 +99,8 @@ def test_defaults_are_the_declared_ones_or_the_presets(preset, parse):
 
 
 def test_the_declared_defaults_are_those_of_the_papers(parse):
-    expected = dict(method="siss", draw_x="rest", lam=0.5, grad_ratio=0.1, superfactor=45.0,
-                    superfactor_end=3.0, fall_until=0.25, ema=0.0, steps=60)
+    expected = dict(method="siss", draw_x="rest", lam=0.5, grad_ratio=0.1, superfactor=90.0,
+                    subtract_until=0.0375, ema=0.0, steps=60)
     assert parse("unlearn", "--preset", "nothing").items() >= expected.items()
 
 

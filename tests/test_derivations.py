@@ -67,7 +67,7 @@ def everything(timestep, draw_x, lam):
 
 def expectation(name, model, timestep, draw_x="rest", lam=0.5, s=0.0, **settings):
     """E[keep − c · forget] of a method at one timestep, with the c of a superfactor s."""
-    settings |= {"lam": lam, "draw_x": draw_x, "superfactor": s, "superfactor_end": 0.0, "fall_until": 0.5}
+    settings |= {"lam": lam, "draw_x": draw_x, "superfactor": s, "subtract_until": 0.5}
     method = unlearning.METHODS[name]
     batch, probability = everything(timestep, draw_x, lam)
     keep, forget = method.loss_of(model, SCHEDULE, settings)(batch)

@@ -57,7 +57,7 @@ def old_targets(model, old, digits):
 
 
 STEPS = [  # the loss and c by hand, and flags that say the same. No number is a default.
-    (siss_with_s, "all", "--method siss --lam 0.3 --superfactor 2 --superfactor-end 0 --fall-until 0.8 --draw-x all"),
+    (siss_with_s, "all", "--method siss --lam 0.3 --superfactor 2 --subtract-until 0.8 --draw-x all"),
     (retrack, "rest", "--method retrack"),
     (old_targets, "rest", "--method old_targets --lam 0.3"),
 ]
@@ -84,7 +84,7 @@ def test_a_run_takes_the_steps_its_flags_say(by_hand, draw_x, typed, unlearn, ti
 def test_siss_at_s_0_steps_as_naive_deletion(unlearn):
     """Where nothing is subtracted, λ is 0: no noisy image is made from a."""
     flags = (*QUICK, "--steps", 2, "--batch-size", 4, "--precision", "fp32")
-    assert unlearn(*flags, "--superfactor", 0, "--superfactor-end", 0, "--out", "siss")[0] == 0
+    assert unlearn(*flags, "--superfactor", 0, "--out", "siss")[0] == 0
     assert unlearn(*flags, "--method", "naive_deletion", "--out", "naive")[0] == 0
     found, expected = tensors_of("siss/model.pt"), tensors_of("naive/model.pt")
     for name, value in expected.items():

@@ -18,11 +18,11 @@ from minisiss.unet import UNet, UNetConfig
 
 SCHEDULE = NoiseSchedule.linear()
 SETTINGS = dict(
-    lam=0.3, grad_ratio=0.7, superfactor=1.5, superfactor_end=0.0, fall_until=0.5, draw_x="rest",
+    lam=0.3, grad_ratio=0.7, superfactor=1.5, subtract_until=0.5, draw_x="rest",
     nearest=lambda a: torch.stack([a / 2, a - 0.1], dim=1),
     old=lambda m, t: m * torch.linspace(0, 1, m.shape[-1]),
 )  # fmt: skip
-S = ("progress", "superfactor", "superfactor_end", "fall_until", "draw_x")
+S = ("progress", "superfactor", "subtract_until", "draw_x")
 # Of each method its loss, its rule or number for c, and the settings that these two take.
 ROWS = {
     "siss": ("siss", "c_of_superfactor", ("lam",), S),
@@ -107,15 +107,13 @@ def test_superfactor_makes_c_1_plus_s_or_s(draw_x, of_siss, s):
     assert numbers == {name: unlearning.METHODS[name].c_of(settings) for name in numbers}
 
 
-@pytest.mark.parametrize("end", [0, 2])
-@pytest.mark.parametrize("progress, left", [(0.0, 1), (0.1, 0.5), (0.2, 0), (0.9, 0)])
+@pytest.mark.parametrize("progress, s", [(0.0, 8.0), (0.1, 4.0), (0.2, 0.0), (0.9, 0.0)])
 @pytest.mark.parametrize("draw_x, of_siss", [("all", 1), ("rest", 0)])
-def test_superfactor_falls_to_its_end_and_stays(draw_x, of_siss, progress, left, end):
-    numbers = {"superfactor": 8.0, "superfactor_end": end, "fall_until": 0.2}
-    settings = SETTINGS | numbers | {"draw_x": draw_x}
+def test_superfactor_falls_to_0_and_stays(draw_x, of_siss, progress, s):
+    settings = SETTINGS | {"superfactor": 8.0, "subtract_until": 0.2, "draw_x": draw_x}
     for name in ("siss", "siss_no_is"):
         c = unlearning.METHODS[name].c_of(settings, progress)
-        assert c == pytest.approx(of_siss + left * 8 + (1 - left) * end)
+        assert c == pytest.approx(of_siss + s)
 
 
 @pytest.mark.parametrize("warmup", [0, 4])

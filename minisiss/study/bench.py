@@ -32,7 +32,7 @@ def main() -> int:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
     images = torch.randint(256, (1000, *model.config.image_shape), dtype=torch.uint8)
     data = TrainingSet(images.to(device), k=10)
-    settings = dict(lam=0.5, superfactor=9.0, superfactor_end=1.0, fall_until=1.0, draw_x="rest",
+    settings = dict(lam=0.5, superfactor=9.0, subtract_until=1.0, draw_x="rest",
                     grad_ratio=1.0, nearest=data.nearest, old=network)
 
     generator = torch.Generator(device).manual_seed(args.seed)
