@@ -202,7 +202,7 @@ SCHEDULES = [
     (dict(beta_end=2.0), "betas"),
     (dict(num_train_timesteps=0), "betas"),
     (dict(num_train_timesteps="1000"), "TypeError"),
-    (dict(beta_start=0.9, beta_end=0.9), "nothing of the image"),
+    (dict(beta_start=0.9, beta_end=0.9), "ᾱ is above 0"),
 ]
 SCHEDULES += [({name: "other"}, f"{name} = other") for name in published.FIXED_SCHEDULE]
 
