@@ -42,7 +42,7 @@ def main() -> int:
             rate = learning_rate(taken, args.steps, args.lr, end=args.lr_end)
             optimizer.param_groups[0]["lr"] = rate
             c = method.c_of(settings, progress=taken / args.steps)
-            settings["lam"] = args.lam if c else 0.0  # else half of the noisy images
+            settings["lam"] = args.lam if c else 0.0  # subtract nothing: use x alone
             loss = method.loss_of(guided(network, report.prompt), base.schedule, settings)
             figures = step(loss, batch, c, optimizer, args.accumulate)
             update_average(average, model, args.ema, taken)

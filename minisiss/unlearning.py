@@ -121,8 +121,8 @@ def c_of_superfactor(progress: float, superfactor: float, subtract_until: float,
                      draw_x: str) -> float:
     """c for a given s: c = 1 + s with x ~ X, and c = s with x ~ X∖A (see `losses.siss`).
 
-    s falls linearly to 0, until the `progress`, the share of the steps that is done, is
-    `subtract_until`, and stays there: subtract first, repair after.
+    s falls linearly to 0 and stays there: subtract first, repair after. progress: the share of the
+    steps that is done. subtract_until: the progress at which s is 0.
     """
     s = superfactor * max(0.0, 1 - progress / subtract_until)
     return 1 + s if draw_x == "all" else s
